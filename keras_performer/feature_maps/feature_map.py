@@ -1,0 +1,157 @@
+"""The interface of a feature map."""
+
+import math
+import random
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_performer.ops.projections import PROJECTIONS
+
+
+def default_num_features(head_dim: int) -> int:
+    """H ln(H), rounded up to a multiple of eight, at least eight.
+
+    **Example**
+
+    >>> default_num_features(64), default_num_features(1)
+    (272, 8)
+
+    **Source** Choromanski et al. 2021, arXiv 2009.14794, theorem 4: Theta(H log H) features.
+    """
+    return max(8, 8 * math.ceil(head_dim * math.log(head_dim) / 8))
+
+
+class FeatureMap(keras.layers.Layer):
+    """Map a query or key x to features phi(x) >= 0; attention weighs keys by phi(q).phi(k).
+
+    A subclass implements `features` and says with `log_space` what it returns. The random
+    projection, if there is one, is a weight: drawn at build from `seed`, saved with the model, not
+    trained, never drawn again by itself.
+
+    **Args**
+        num_features: Number of features M. None takes `default_num_features(H)`.
+        projection: "orthogonal" or "iid" rows, or None for none.
+        seed: Seeds the draw. None follows `keras.utils.set_random_seed`.
+
+    **Shapes** Called on (..., H) it returns phi, (..., M), for inspection; attention uses
+    `features`, which keeps the scale apart.
+
+    **Precision** Computed in the type of its input; attention passes float32 or wider.
+    """
+
+    estimates_softmax: bool = False
+    """Whether phi(q).phi(k) estimates exp(q.k / sqrt(H))."""
+    log_space: bool = False
+    """Whether `features` returns logarithms."""
+    supports_state: bool = True
+    """Whether features of a key depend on that key alone."""
+    causal_key_sum: float = 0.0
+    """What causal attention starts its key sum from; other than zero only to imitate a peer."""
+
+    def __init__(
+        self,
+        num_features: int | None = None,
+        *,
+        projection: str | None = None,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if num_features is not None and (not isinstance(num_features, int) or num_features < 1):
+            raise ValueError(
+                "num_features must be a positive integer, or None for the default. "
+                f"Received: num_features={num_features}"
+            )
+        if projection is not None and projection not in PROJECTIONS:
+            raise ValueError(
+                f"projection must be one of {sorted(PROJECTIONS)} or None. "
+                f"Received: projection={projection!r}"
+            )
+        self.num_features = num_features
+        self.projection_kind = projection
+        self.seed = seed
+        self.head_dim: int | None = None
+        self.feature_dim: int | None = None
+        self.projection = None
+
+    def features(
+        self, x: Any, operands: tuple[Any, ...], *, is_query: bool
+    ) -> tuple[Any, Any | None]:
+        """Compute features of x (..., L, H) from explicit operands.
+
+        Pure: every tensor it reads is x or among `operands`, so that gradients reach them.
+
+        Returns:
+            A pair. With `log_space` it is (values (..., L, M), offset (..., L, 1)), where
+            phi = exp(values + offset); otherwise (phi, None).
+        """
+        raise NotImplementedError
+
+    def operands(self, key: Any, key_mask: Any) -> tuple[Any, ...]:
+        """The tensors that `features` needs beside x: the weights.
+
+        Args:
+            key: (B, K, S, H), zero where masked.
+            key_mask: None or boolean (B, K or 1, S).
+        """
+        del key, key_mask
+        return tuple(ops.convert_to_tensor(weight) for weight in self.weights)
+
+    def build(self, input_shape: tuple[Any, ...]) -> None:
+        """Draw the projection for head size `input_shape[-1]`."""
+        head_dim = input_shape[-1]
+        if not isinstance(head_dim, int) or head_dim < 1:
+            raise ValueError(
+                "The head size (last axis) must be a positive integer. "
+                f"Received: input_shape={input_shape}"
+            )
+        self.head_dim = head_dim
+        self.feature_dim = self._resolve_num_features(head_dim)
+        if self.projection_kind is not None:
+            self.projection = self.add_weight(
+                name="projection",
+                shape=(self._num_rows(self.feature_dim), head_dim),
+                initializer=self._draw,
+                trainable=False,
+                autocast=False,
+                dtype="float32",
+            )
+        self.built = True
+
+    def call(self, x: Any, is_query: bool = False) -> Any:
+        """Return phi(x), (..., H) -> (..., M)."""
+        values, offset = self.features(x, self.operands(x, None), is_query=is_query)
+        return values if offset is None else ops.exp(values + offset)
+
+    def compute_output_shape(self, input_shape: tuple[Any, ...]) -> tuple[Any, ...]:
+        """(..., H) -> (..., M)."""
+        return (*input_shape[:-1], self._resolve_num_features(input_shape[-1]))
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments of the constructor."""
+        return {
+            **super().get_config(),
+            "num_features": self.num_features,
+            "projection": self.projection_kind,
+            "seed": self.seed,
+        }
+
+    def _resolve_num_features(self, head_dim: int) -> int:
+        if self.projection_kind is None:
+            return head_dim
+        return self.num_features or default_num_features(head_dim)
+
+    def _num_rows(self, num_features: int) -> int:
+        """Rows of the projection; a map with two features a row has half as many."""
+        return num_features
+
+    def _draw(self, shape: tuple[int, int], dtype: Any = None) -> Any:
+        seed = random.randrange(2**31) if self.seed is None else self.seed
+        rows = self._project(*shape, np.random.default_rng(seed))
+        return ops.convert_to_tensor(rows, dtype=dtype)
+
+    def _project(self, num_rows: int, head_dim: int, rng: np.random.Generator) -> np.ndarray:
+        return PROJECTIONS[self.projection_kind or "iid"](num_rows, head_dim, rng)

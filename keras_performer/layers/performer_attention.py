@@ -1,0 +1,596 @@
+"""Multi-head attention at a cost linear in length."""
+
+import string
+from typing import Any
+
+import keras
+from keras import constraints, initializers, ops, regularizers
+
+from keras_performer import feature_maps
+from keras_performer.layers.rotary import rotate
+from keras_performer.ops import (
+    favor_attention,
+    favor_attention_weights,
+    sliding_window_attention,
+    sliding_window_weights,
+)
+
+
+@keras.saving.register_keras_serializable(package="keras_performer")
+class PerformerAttention(keras.layers.Layer):
+    """A drop-in for `keras.layers.MultiHeadAttention` whose cost is linear in length.
+
+    Queries, keys and values are projected as there; attention weighs keys by phi(q).phi(k) of a
+    feature map instead of exp(q.k / sqrt(H)), see `keras_performer.ops.favor_attention`. The
+    sublayers `query`, `key`, `value`, `gate` and `attention_output` have the names and weight
+    shapes of that layer, in its order; weights of our own (`query_norm`, `key_norm`, `feature_map`)
+    come after them. `from_attention` takes over a trained layer.
+
+    **Args** The arguments of `keras.layers.MultiHeadAttention` (Keras 3.15) keep their meaning.
+    What differs, and what is new:
+
+        dropout: Drops whole keys, from numerator and denominator alike, afresh for each head and
+            step, since there is no matrix of weights to drop from. A query whose keys are all
+            dropped gives zeros.
+        attention_axes: One axis; `None` on inputs of three axes. Several axes are refused.
+        sliding_window: Attention becomes softmax attention within that band, exactly, in linear
+            time; the feature map is not used then.
+        flash_attention: None or False. True is refused: there is no softmax to fuse.
+        num_features: Number of features M of a map given by name. None takes H ln(H), rounded up
+            to a multiple of eight, at least eight (272 for H = 64).
+        feature_map: "favor_plus", "relu", "elu", or a `keras_performer.feature_maps.FeatureMap`,
+            whose configuration is copied.
+        num_key_value_heads: Number K of key and value heads, a divisor of `num_heads`, each shared
+            by a group of query heads. None is `num_heads`.
+        qk_norm: Whether queries and keys are divided by their root mean square and multiplied by
+            learned scales, which start at |q|^2 = sqrt(H): the regime in which few features
+            suffice. Off here, so that weights carry over; on in our own models.
+        rotary_max_wavelength: If set, rotary positions are applied to queries and keys, of even
+            `key_dim`; 10000 is usual.
+        seed: Seeds the projection and the dropout.
+
+    **Call arguments** query (B, T, D), value (B, S, D'), key (B, S, D'') or None for `value`;
+    `attention_mask`, only as a mask of keys: (B, S), (B, 1, S), (B, 1, 1, S), or (B, K, 1, S)
+    for each head; `key_mask` and `value_mask` (B, S); `use_causal_mask`; `return_attention_scores`;
+    `training`; and of our own `segment_ids`, integers (B, T), whose runs of equal ids are
+    sequences packed into one row, and `positions`, integers (T,) or (B, T), for rotary positions.
+    Positions default to the distance from each row's first unmasked token, so left padding
+    does not matter; for packed rows pass positions that restart.
+
+    **Returns** (B, T, D), or D replaced by `output_shape`; with `return_attention_scores=True` also
+    this layer's own normalised weights (B, N, T, S), at a cost of O(T S N M): for short inputs.
+
+    **Masking** A masked key takes no part, whatever it holds. A query that sees no key gives zeros
+    (before the output projection), where `MultiHeadAttention` averages what it must not see. The
+    mask of the query passes on to the output.
+
+    **Precision** Attention is computed in float32 under every policy.
+
+    **Cost** O(T N M (2 H + V)) multiply-adds beside the projections; memory linear in T.
+
+    **Raises** ValueError for what cannot be honoured, with the reason.
+
+    **Example**
+
+    >>> layer = PerformerAttention(num_heads=2, key_dim=8)
+    >>> x = np.ones((1, 16, 12), "float32")
+    >>> tuple(layer(x, x, use_causal_mask=True).shape)
+    (1, 16, 12)
+
+    **Source** Choromanski et al. 2021, arXiv 2009.14794. The query and key scales are those of
+    Henry et al. 2020, arXiv 2010.04245, with a root mean square in place of the norm.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        key_dim: int,
+        value_dim: int | None = None,
+        dropout: float = 0.0,
+        use_bias: bool = True,
+        output_shape: int | tuple[int, ...] | None = None,
+        attention_axes: int | tuple[int, ...] | None = None,
+        sliding_window: int | None = None,
+        flash_attention: bool | None = None,
+        kernel_initializer: Any = "glorot_uniform",
+        bias_initializer: Any = "zeros",
+        kernel_regularizer: Any = None,
+        bias_regularizer: Any = None,
+        activity_regularizer: Any = None,
+        kernel_constraint: Any = None,
+        bias_constraint: Any = None,
+        use_gate: bool = False,
+        num_features: int | None = None,
+        feature_map: Any = "favor_plus",
+        num_key_value_heads: int | None = None,
+        qk_norm: bool = False,
+        rotary_max_wavelength: float | None = None,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        for name, size in (("num_heads", num_heads), ("key_dim", key_dim)):
+            _check_positive(name, size)
+        for name, size in (
+            ("value_dim", value_dim),
+            ("sliding_window", sliding_window),
+            ("num_key_value_heads", num_key_value_heads),
+        ):
+            if size is not None:
+                _check_positive(name, size)
+        if num_heads % (num_key_value_heads or num_heads):
+            raise ValueError(
+                "num_key_value_heads must divide num_heads. Received: num_heads="
+                f"{num_heads}, num_key_value_heads={num_key_value_heads}"
+            )
+        if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1). Received: dropout={dropout!r}")
+        if flash_attention:
+            raise ValueError(
+                "flash_attention=True fuses a softmax over pairs, which linear attention does not "
+                "form: leave it None. Received: flash_attention=True"
+            )
+        if isinstance(attention_axes, int):
+            attention_axes = (attention_axes,)
+        if attention_axes is not None and len(attention_axes) != 1:
+            raise ValueError(
+                "Linear attention runs along one axis, in whose order states are summed: pass one "
+                "attention axis, or reshape the others into it. "
+                f"Received: attention_axes={attention_axes}"
+            )
+        if rotary_max_wavelength is not None and (rotary_max_wavelength <= 0 or key_dim % 2):
+            raise ValueError(
+                "Rotary positions turn pairs of dimensions: rotary_max_wavelength must be positive "
+                f"and key_dim even. Received: rotary_max_wavelength={rotary_max_wavelength}, "
+                f"key_dim={key_dim}"
+            )
+        if isinstance(output_shape, int):
+            output_shape = (output_shape,)
+        self.supports_masking = True
+        self.num_heads = num_heads
+        self.key_dim = key_dim
+        self.value_dim = value_dim or key_dim
+        self.num_key_value_heads = num_key_value_heads or num_heads
+        self.dropout = dropout
+        self.use_bias = use_bias
+        self.use_gate = use_gate
+        self.attention_axes = attention_axes
+        self.sliding_window = sliding_window
+        self.qk_norm = qk_norm
+        self.rotary_max_wavelength = rotary_max_wavelength
+        self.num_features = num_features
+        self.seed = seed
+        self._output_shape = tuple(output_shape) if output_shape else None
+        self._kernel_initializer = initializers.get(kernel_initializer)
+        self._bias_initializer = initializers.get(bias_initializer)
+        self._kernel_regularizer = regularizers.get(kernel_regularizer)
+        self._bias_regularizer = regularizers.get(bias_regularizer)
+        # The sublayers apply it, as in `MultiHeadAttention`; this layer's output is the last one's.
+        self._activity_regularizer = regularizers.get(activity_regularizer)
+        self._kernel_constraint = constraints.get(kernel_constraint)
+        self._bias_constraint = constraints.get(bias_constraint)
+        self._given_num_key_value_heads = num_key_value_heads
+        self._given_feature_map = feature_map
+        new_map = feature_maps.get(
+            feature_map, num_features=num_features, seed=seed, dtype=self.dtype_policy
+        )
+        self._feature_map = None if sliding_window else new_map
+        self._seed_generator = keras.random.SeedGenerator(seed) if dropout > 0 else None
+
+    @classmethod
+    def from_attention(
+        cls, attention: keras.layers.MultiHeadAttention, **options: Any
+    ) -> "PerformerAttention":
+        """Make a layer with the configuration and, if it is built, the weights of `attention`.
+
+        **Args**
+            attention: A `keras.layers.MultiHeadAttention`. It is not changed.
+            **options: Arguments of this class that `attention` lacks, such as `num_features`, or
+                that replace its own, such as `name`.
+
+        **Raises** TypeError for another kind of layer; ValueError where the options change the
+        shape of a weight, which then could not be taken over.
+
+        **Example**
+
+        >>> softmax = keras.layers.MultiHeadAttention(2, 8)
+        >>> softmax.build((None, None, 12), (None, None, 12))
+        >>> layer = PerformerAttention.from_attention(softmax, num_features=32)
+        >>> bool((layer.get_weights()[0] == softmax.get_weights()[0]).all())
+        True
+        """
+        if not isinstance(attention, keras.layers.MultiHeadAttention):
+            raise TypeError(
+                "from_attention takes over a keras.layers.MultiHeadAttention. "
+                f"Received: {attention!r}"
+            )
+        config = attention.get_config()
+        config["dtype"] = attention.dtype_policy
+        layer = cls.from_config({**config, **options})
+        if not attention.built:
+            return layer
+        shapes = attention.get_build_config()["shapes_dict"]
+        layer.build(shapes["query_shape"], shapes["value_shape"], shapes.get("key_shape"))
+        for ours, theirs in zip(layer._projections(), _mha_projections(attention), strict=True):
+            expected = [tuple(w.shape) for w in theirs.weights]
+            received = [tuple(w.shape) for w in ours.weights]
+            if expected != received:
+                raise ValueError(
+                    f"The weights of {theirs.name!r} cannot be taken over: they have the shapes "
+                    f"{expected}, and with these options the layer needs {received}. "
+                    f"Received: options={options}"
+                )
+            ours.set_weights(theirs.get_weights())
+        return layer
+
+    def build(
+        self,
+        query_shape: tuple[Any, ...],
+        value_shape: tuple[Any, ...],
+        key_shape: tuple[Any, ...] | None = None,
+    ) -> None:
+        """Create the sublayers for inputs of these shapes."""
+        key_shape = value_shape if key_shape is None else key_shape
+        rank = len(query_shape)
+        if rank < 3 or len(value_shape) != rank or len(key_shape) != rank:
+            raise ValueError(
+                "query, value and key must have one number of axes, at least three: (batch, ..., "
+                f"length, features). Received: query_shape={query_shape}, "
+                f"value_shape={value_shape}, key_shape={key_shape}"
+            )
+        if tuple(value_shape[1:-1]) != tuple(key_shape[1:-1]):
+            raise ValueError(
+                "value and key must agree in all axes but the last. "
+                f"Received: value_shape={value_shape}, key_shape={key_shape}"
+            )
+        axis = self._axis(rank)
+        if not 1 <= axis < rank - 1:
+            raise ValueError(
+                "The attention axis must lie between the batch and the feature axis. "
+                f"Received: attention_axes={self.attention_axes} for query_shape={query_shape}"
+            )
+        heads, groups = self.num_heads, self.num_key_value_heads
+        self._query_dense = self._dense("query", query_shape, (heads, self.key_dim))
+        self._key_dense = self._dense("key", key_shape, (groups, self.key_dim))
+        if self.use_gate:
+            self._gate_dense = self._dense(
+                "gate", query_shape, (heads, self.value_dim), activation="sigmoid"
+            )
+        self._value_dense = self._dense("value", value_shape, (groups, self.value_dim))
+        self._output_dense = self._dense(
+            "attention_output",
+            (*query_shape[:-1], heads, self.value_dim),
+            self._output_shape or (query_shape[-1],),
+            num_contracted=2,
+        )
+        if self.qk_norm:
+            norm = {"epsilon": 1e-6, "dtype": self.dtype_policy}
+            self._query_norm = keras.layers.RMSNormalization(name="query_norm", **norm)
+            self._query_norm.build((None, None, heads, self.key_dim))
+            self._key_norm = keras.layers.RMSNormalization(name="key_norm", **norm)
+            self._key_norm.build((None, None, groups, self.key_dim))
+        if self._feature_map is not None:
+            self._feature_map.build((None, None, None, self.key_dim))
+        self.built = True
+
+    def call(
+        self,
+        query: Any,
+        value: Any,
+        key: Any = None,
+        query_mask: Any = None,
+        value_mask: Any = None,
+        key_mask: Any = None,
+        attention_mask: Any = None,
+        return_attention_scores: bool = False,
+        training: bool | None = None,
+        use_causal_mask: bool = False,
+        segment_ids: Any = None,
+        positions: Any = None,
+    ) -> Any:
+        """Attend from query to value; see the class."""
+        del query_mask  # it concerns the output's mask alone, which compute_mask passes on
+        key = value if key is None else key
+        gate = self._gate_dense(query) if self.use_gate else None
+        rank, axis = len(query.shape), self._axis(len(query.shape))
+        outer_shape = None
+        query, key, value = self._query_dense(query), self._key_dense(key), self._value_dense(value)
+        if self.qk_norm:
+            query = self._query_norm(query) * self.key_dim**-0.25
+            key = self._key_norm(key) * self.key_dim**-0.25
+        if rank > 3:
+            moved = [_batch_outer_axes(x, axis) for x in (query, key, value)]
+            outer_shape = moved[0][1]
+            query, key, value = (x for x, _ in moved)
+        mask = self._merge_key_masks(key, [value_mask, key_mask], attention_mask, rank, outer_shape)
+        if self.rotary_max_wavelength is not None:
+            query, key = _rotate(query, key, mask, positions, self.rotary_max_wavelength)
+        dropped = self._drop_keys(key, mask, training)
+        if use_causal_mask and self.sliding_window is None:
+            key, value, dropped = _align_lengths(query, key, value, dropped)
+        options = {"causal": use_causal_mask, "key_mask": dropped, "segment_ids": segment_ids}
+        if self.sliding_window is not None:
+            output = sliding_window_attention(query, key, value, self.sliding_window, **options)
+        else:
+            output = favor_attention(query, key, value, self._feature_map, **options)
+        if outer_shape is not None:
+            output = _unbatch_outer_axes(output, outer_shape, axis)
+        output = self._output_dense(output if gate is None else output * gate)
+        if not return_attention_scores:
+            return output
+        if self.sliding_window is not None:
+            scores = sliding_window_weights(query, key, self.sliding_window, **options)
+        else:
+            scores = favor_attention_weights(query, key, self._feature_map, **options)
+        if outer_shape is not None:
+            scores = ops.reshape(scores, (*outer_shape, *ops.shape(scores)[1:]))
+        return output, scores
+
+    def compute_mask(self, inputs: Any, previous_mask: Any = None) -> Any:
+        """The mask of the query."""
+        del inputs
+        return previous_mask
+
+    def compute_output_shape(
+        self,
+        query_shape: tuple[Any, ...],
+        value_shape: tuple[Any, ...],
+        key_shape: tuple[Any, ...] | None = None,
+    ) -> tuple[Any, ...]:
+        """The query's shape, its last axis replaced by `output_shape` if that is set."""
+        del value_shape, key_shape
+        return (*query_shape[:-1], *(self._output_shape or (query_shape[-1],)))
+
+    def compute_output_spec(
+        self,
+        query: Any,
+        value: Any,
+        key: Any = None,
+        return_attention_scores: bool = False,
+        **_: Any,
+    ) -> Any:
+        """The symbolic output, without tracing the computation."""
+        output = keras.KerasTensor(
+            self.compute_output_shape(query.shape, value.shape), dtype=self.compute_dtype
+        )
+        if not return_attention_scores:
+            return output
+        axis = self._axis(len(query.shape))
+        outer = [query.shape[i] for i in range(len(query.shape) - 1) if i != axis]
+        shape = (*outer, self.num_heads, query.shape[axis], value.shape[axis])
+        return output, keras.KerasTensor(shape, dtype=self.compute_dtype)
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments of the constructor."""
+        feature_map = self._given_feature_map
+        if isinstance(feature_map, feature_maps.FeatureMap):
+            feature_map = keras.saving.serialize_keras_object(feature_map)
+        return {
+            **super().get_config(),
+            "num_heads": self.num_heads,
+            "key_dim": self.key_dim,
+            "value_dim": self.value_dim,
+            "dropout": self.dropout,
+            "use_bias": self.use_bias,
+            "output_shape": self._output_shape,
+            "attention_axes": self.attention_axes,
+            "sliding_window": self.sliding_window,
+            "kernel_initializer": initializers.serialize(self._kernel_initializer),
+            "bias_initializer": initializers.serialize(self._bias_initializer),
+            "kernel_regularizer": regularizers.serialize(self._kernel_regularizer),
+            "bias_regularizer": regularizers.serialize(self._bias_regularizer),
+            "activity_regularizer": regularizers.serialize(self._activity_regularizer),
+            "kernel_constraint": constraints.serialize(self._kernel_constraint),
+            "bias_constraint": constraints.serialize(self._bias_constraint),
+            "use_gate": self.use_gate,
+            "num_features": self.num_features,
+            "feature_map": feature_map,
+            "num_key_value_heads": self._given_num_key_value_heads,
+            "qk_norm": self.qk_norm,
+            "rotary_max_wavelength": self.rotary_max_wavelength,
+            "seed": self.seed,
+        }
+
+    @property
+    def query_dense(self) -> keras.layers.EinsumDense:
+        """The projection of the query, as `MultiHeadAttention` names it."""
+        return self._query_dense
+
+    @property
+    def key_dense(self) -> keras.layers.EinsumDense:
+        """The projection of the key."""
+        return self._key_dense
+
+    @property
+    def value_dense(self) -> keras.layers.EinsumDense:
+        """The projection of the value."""
+        return self._value_dense
+
+    @property
+    def output_dense(self) -> keras.layers.EinsumDense:
+        """The projection of the output."""
+        return self._output_dense
+
+    @property
+    def feature_map(self) -> feature_maps.FeatureMap | None:
+        """The layer's own feature map; None with a sliding window."""
+        return self._feature_map
+
+    def _axis(self, rank: int) -> int:
+        """The attention axis of inputs with `rank` axes."""
+        if self.attention_axes is None:
+            if rank > 3:
+                raise ValueError(
+                    f"Inputs of {rank} axes have several axes between batch and features, and "
+                    "linear attention runs along one: pass attention_axes, or reshape the others "
+                    "into it. Received: attention_axes=None"
+                )
+            return 1
+        axis = self.attention_axes[0]
+        return axis if axis >= 0 else rank + axis
+
+    def _dense(
+        self,
+        name: str,
+        input_shape: tuple[Any, ...],
+        output_dims: tuple[int, ...],
+        num_contracted: int = 1,
+        activation: str | None = None,
+    ) -> keras.layers.EinsumDense:
+        """A dense layer over the last axes, with the kernel shape of `MultiHeadAttention`'s."""
+        letters = iter(string.ascii_lowercase)
+        free = "".join(next(letters) for _ in range(len(input_shape) - num_contracted))
+        contracted = "".join(next(letters) for _ in range(num_contracted))
+        produced = "".join(next(letters) for _ in output_dims)
+        dense = keras.layers.EinsumDense(
+            f"{free}{contracted},{contracted}{produced}->{free}{produced}",
+            output_shape=(*(None for _ in free[1:]), *output_dims),
+            bias_axes=produced if self.use_bias else None,
+            activation=activation,
+            # Initializers keep state, so each sublayer has its own.
+            kernel_initializer=_copy(self._kernel_initializer),
+            bias_initializer=_copy(self._bias_initializer),
+            kernel_regularizer=self._kernel_regularizer,
+            bias_regularizer=self._bias_regularizer,
+            activity_regularizer=self._activity_regularizer,
+            kernel_constraint=self._kernel_constraint,
+            bias_constraint=self._bias_constraint,
+            dtype=self.dtype_policy,
+            name=name,
+        )
+        dense.build(tuple(input_shape))
+        # Else Keras warns that it drops the mask of its input, which `call` has read already.
+        dense.supports_masking = True
+        return dense
+
+    def _projections(self) -> list[keras.layers.EinsumDense]:
+        layers = [self._query_dense, self._key_dense]
+        layers += [self._gate_dense] if self.use_gate else []
+        return [*layers, self._value_dense, self._output_dense]
+
+    def _merge_key_masks(
+        self, key: Any, key_masks: list[Any], attention_mask: Any, rank: int, outer_shape: Any
+    ) -> Any:
+        """All masks as one of keys, (B, S) or (B, K, S), or None."""
+        masks = [ops.cast(m, "bool") for m in key_masks if m is not None]
+        if rank > 3 and masks:
+            masks = [ops.reshape(m, (ops.shape(key)[0], ops.shape(key)[1])) for m in masks]
+        if attention_mask is not None:
+            if rank > 3:
+                raise ValueError(
+                    "attention_mask is supported for inputs of three axes. For more, mask the "
+                    "inputs (Keras masks) or fold the outer axes into the batch. Received: "
+                    f"attention_mask of shape {tuple(attention_mask.shape)}"
+                )
+            masks.append(self._as_key_mask(ops.convert_to_tensor(attention_mask), key))
+        per_head = any(len(m.shape) == 3 for m in masks)
+        merged = None
+        for mask in masks:
+            if per_head and len(mask.shape) == 2:
+                mask = ops.expand_dims(mask, 1)
+            merged = mask if merged is None else ops.logical_and(merged, mask)
+        if merged is None:
+            return None
+        # A mask may be shared by the rows of the batch.
+        shape = ops.shape(merged)
+        return ops.broadcast_to(merged, (ops.shape(key)[0], *shape[1:]))
+
+    def _as_key_mask(self, mask: Any, key: Any) -> Any:
+        shape = tuple(mask.shape)
+        batch, length = key.shape[:2]
+        rank = len(shape)
+        fits = 2 <= rank <= 4 and shape[-1] in (length, None, 1)
+        fits = fits and (shape[0] in (1, None) or batch is None or shape[0] == batch)
+        fits = fits and (rank == 2 or shape[-2] == 1)
+        fits = fits and (rank < 4 or shape[1] in (1, self.num_key_value_heads))
+        if not fits:
+            raise ValueError(
+                "Linear attention sums over keys once for all queries, so attention_mask can only "
+                f"be a mask of keys: (batch, {length}), (batch, 1, {length}), (batch, 1, 1, "
+                f"{length}) or (batch, {self.num_key_value_heads}, 1, {length}). For a mask that "
+                "depends on the query use use_causal_mask=True, segment_ids for packed sequences, "
+                f"or sliding_window. Received: attention_mask of shape {shape}"
+            )
+        mask = ops.cast(mask, "bool")
+        if rank == 4:
+            mask = ops.squeeze(mask, 2)
+            return mask if shape[1] == self.num_key_value_heads > 1 else ops.squeeze(mask, 1)
+        return ops.squeeze(mask, 1) if rank == 3 else mask
+
+    def _drop_keys(self, key: Any, mask: Any, training: bool | None) -> Any:
+        """The mask of keys, less those that dropout takes, (B, S) or (B, K, S), or None."""
+        if not training or self._seed_generator is None:
+            return mask
+        batch, length, num_heads, _ = ops.shape(key)
+        draw = keras.random.uniform(
+            (batch, num_heads, length), dtype="float32", seed=self._seed_generator
+        )
+        kept = draw >= self.dropout
+        if mask is None:
+            return kept
+        return ops.logical_and(kept, mask if len(mask.shape) == 3 else ops.expand_dims(mask, 1))
+
+
+def _rotate(
+    query: Any, key: Any, mask: Any, positions: Any, max_wavelength: float
+) -> tuple[Any, Any]:
+    """Rotate by `positions`, or by the distance from each row's first unmasked key."""
+    if positions is not None:
+        return rotate(query, positions, max_wavelength), rotate(key, positions, max_wavelength)
+    first = None
+    if mask is not None:
+        mask = ops.any(mask, axis=1) if len(mask.shape) == 3 else mask
+        first = ops.expand_dims(ops.argmax(ops.cast(mask, "int32"), axis=1), -1)
+
+    def place(x: Any) -> Any:
+        index = ops.arange(ops.shape(x)[1], dtype="int32")
+        return index if first is None else ops.expand_dims(index, 0) - ops.cast(first, "int32")
+
+    return rotate(query, place(query), max_wavelength), rotate(key, place(key), max_wavelength)
+
+
+def _check_positive(name: str, size: Any) -> None:
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise ValueError(f"{name} must be a positive integer. Received: {name}={size!r}")
+
+
+def _copy(initializer: Any) -> Any:
+    return type(initializer).from_config(initializer.get_config())
+
+
+def _mha_projections(attention: Any) -> list[keras.layers.EinsumDense]:
+    layers = [attention.query_dense, attention.key_dense]
+    # The gate of MultiHeadAttention has no public name.
+    layers += [attention._gate_dense] if attention.get_config().get("use_gate") else []
+    return [*layers, attention.value_dense, attention.output_dense]
+
+
+def _batch_outer_axes(x: Any, axis: int) -> tuple[Any, tuple[Any, ...]]:
+    """(B, ..., T, ..., N, H) -> (B', T, N, H), and the outer shape B, ..."""
+    outer = [i for i in range(len(x.shape) - 2) if i != axis]
+    x = ops.transpose(x, (*outer, axis, len(x.shape) - 2, len(x.shape) - 1))
+    shape = ops.shape(x)
+    return ops.reshape(x, (-1, *shape[-3:])), tuple(shape[:-3])
+
+
+def _unbatch_outer_axes(x: Any, outer_shape: tuple[Any, ...], axis: int) -> Any:
+    x = ops.reshape(x, (*outer_shape, *ops.shape(x)[1:]))
+    return ops.moveaxis(x, len(outer_shape), axis)
+
+
+def _align_lengths(query: Any, key: Any, value: Any, mask: Any) -> tuple[Any, Any, Any]:
+    """Give keys the length of queries: later keys are never seen, missing ones are masked."""
+    length, key_length = query.shape[1], key.shape[1]
+    if length is None or key_length is None or length == key_length:
+        return key, value, mask
+    if key_length > length:
+        mask = None if mask is None else mask[..., :length]
+        return key[:, :length], value[:, :length], mask
+    if mask is None:
+        mask = ops.ones((ops.shape(key)[0], key_length), "bool")
+    missing = [(0, 0)] * (len(mask.shape) - 1) + [(0, length - key_length)]
+    mask = ops.cast(ops.pad(ops.cast(mask, "int32"), missing), "bool")
+    key, value = (
+        ops.pad(x, [(0, 0), (0, length - key_length), (0, 0), (0, 0)]) for x in (key, value)
+    )
+    return key, value, mask

@@ -1,0 +1,89 @@
+"""`from_preset` of this package's classes: short names, and clear errors for damaged folders."""
+
+import functools
+import json
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+import h5py
+import keras
+import keras_hub
+
+from keras_performer.presets import preset_path
+
+_Class = TypeVar("_Class", bound=type)
+
+_ADVICE = "Copy the preset again from where it came from, or write it again with `save_to_preset`."
+
+
+def load_by_name(cls: _Class) -> _Class:
+    """Let `cls.from_preset` take the short name of a preset, and explain damaged presets.
+
+    **Args**
+        cls: A keras-hub class with a `from_preset` class method.
+
+    **Returns** `cls`, whose `from_preset` takes a short name from `presets()`, a folder, or what
+    keras-hub takes (`hf://...`).
+
+    **Raises** (from `from_preset`) ValueError if a name is unknown, or if a file of a local preset
+    is missing or cannot be read; the message names the file.
+    """
+    load = cls.from_preset.__func__
+
+    @functools.wraps(load)
+    def from_preset(cls, preset: str | os.PathLike[str], *args: Any, **kwargs: Any):
+        preset = os.fspath(preset)
+        if "://" in preset:
+            return load(cls, preset, *args, **kwargs)
+        folder = Path(preset) if os.path.isdir(preset) else preset_path(preset)
+        wants_weights = issubclass(cls, keras.Model) and kwargs.get("load_weights", True)
+        _check_files(folder, wants_weights, issubclass(cls, keras_hub.models.Task))
+        try:
+            return load(cls, str(folder), *args, **kwargs)
+        except FileNotFoundError as error:
+            message = f"The preset {str(folder)!r} is incomplete: {error} {_ADVICE}"
+            raise ValueError(message) from error
+        except Exception as error:
+            _check_weights(folder, error)
+            raise
+
+    cls.from_preset = classmethod(from_preset)
+    return cls
+
+
+def _check_files(folder: Path, wants_weights: bool, is_task: bool) -> None:
+    """Raise ValueError unless the needed files exist and every JSON file can be parsed."""
+    needed: list[tuple[str, ...]] = [("config.json",)]
+    if wants_weights:
+        needed.append(("model.weights.h5", "model.weights.json"))
+        if is_task and (folder / "task.json").is_file():
+            # keras-hub would leave the head at random values without a word.
+            needed.append(("task.weights.h5",))
+    for names in needed:
+        if not any((folder / name).is_file() for name in names):
+            raise ValueError(
+                f"The preset {str(folder)!r} is incomplete: {names[0]!r} is missing. {_ADVICE}"
+            )
+    for path in sorted(folder.glob("*.json")):
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{str(path)!r} is not valid JSON ({error}). {_ADVICE}") from error
+
+
+def _read(_: str, item: h5py.Dataset | h5py.Group) -> None:
+    if isinstance(item, h5py.Dataset):
+        item[()]
+
+
+def _check_weights(folder: Path, cause: Exception) -> None:
+    """Raise ValueError, from `cause`, if a weights file cannot be read to its end."""
+    for path in sorted(folder.glob("*.weights.h5")):
+        try:
+            with h5py.File(path, "r") as file:
+                file.visititems(_read)
+        except Exception as error:
+            raise ValueError(
+                f"The weights file {str(path)!r} is damaged or cut short ({error}). {_ADVICE}"
+            ) from cause

@@ -1,0 +1,81 @@
+"""What every walk over chunks shares: cutting sequences, masks of chunks, the final quotient."""
+
+import math
+from typing import Any
+
+from keras import backend, ops
+
+
+def dtype_of(x: Any) -> str:
+    """The name of a tensor's type, on every backend."""
+    return backend.standardize_dtype(x.dtype)
+
+
+def plan(length: Any, largest: int) -> tuple[int, Any]:
+    """Chunk length and number of chunks for `length` tokens, static or not.
+
+    Chunks of a static length are even, and multiples of eight where there are several.
+    """
+    if not isinstance(length, int):
+        return largest, (length + largest - 1) // largest
+    num_chunks = max(1, math.ceil(length / largest))
+    size = math.ceil(length / num_chunks)
+    if num_chunks > 1:
+        size = math.ceil(size / 8) * 8
+    return size, max(1, math.ceil(length / size))
+
+
+def pad(x: Any, axis: int, length: Any) -> Any:
+    """Pad with zeros at the end of `axis` to `length`, static or not."""
+    current = ops.shape(x)[axis]
+    if isinstance(current, int) and isinstance(length, int) and current == length:
+        return x
+    shape = [*ops.shape(x)]
+    shape[axis] = length - current
+    return ops.concatenate([x, ops.zeros(shape, dtype_of(x))], axis=axis)
+
+
+def cut(x: Any, axis: int, largest: int) -> Any:
+    """Cut `axis` (positive) into the chunks of `plan`: (num_chunks, ..., size, ...)."""
+    size, num_chunks = plan(ops.shape(x)[axis], largest)
+    return split(pad(x, axis, size * num_chunks), axis, size)
+
+
+def split(x: Any, axis: int, size: int) -> Any:
+    """Split `axis` (positive), a multiple of `size`, into (num_chunks, ..., size, ...)."""
+    shape = [*ops.shape(x)]
+    x = ops.reshape(x, (*shape[:axis], shape[axis] // size, size, *shape[axis + 1 :]))
+    return ops.transpose(x, (axis, *(i for i in range(len(shape) + 1) if i != axis)))
+
+
+def same_run(run_a: Any, run_b: Any) -> Any:
+    """Whether two tokens are of one segment: (B, L), (B, L') -> (B, 1, L, L')."""
+    return ops.expand_dims(
+        ops.equal(ops.expand_dims(run_a, -1), ops.expand_dims(run_b, -2)), axis=1
+    )
+
+
+def tile_rows(mask: Any, num_groups: int) -> Any:
+    """Repeat a mask over tokens (..., C, X) for the rows of all query groups (..., G*C, X)."""
+    return mask if num_groups == 1 else ops.concatenate([mask] * num_groups, axis=-2)
+
+
+def normalize(weighted: Any) -> Any:
+    """Divide (..., V) by a last column, the denominator; a row that saw no key gives zeros.
+
+    The row is first scaled by a constant that brings its denominator to one: the gradient of a
+    quotient may be formed from the square of the denominator, which can leave the float32 range.
+    """
+    seen = weighted[..., -1:] > 0
+    scale = ops.stop_gradient(ops.where(seen, weighted[..., -1:], 1.0))
+    weighted = weighted / scale
+    denominator = ops.where(seen, weighted[..., -1:], 1.0)
+    return ops.where(seen, weighted[..., :-1] / denominator, 0.0)
+
+
+def run_indices(segment_ids: Any, first: Any = None) -> Any:
+    """Number the runs of equal ids (B, T) from zero; `first` (B, 1) is the id before the first."""
+    segment_ids = ops.cast(segment_ids, "int32")
+    first = segment_ids[:, :1] if first is None else ops.cast(first, "int32")
+    previous = ops.concatenate([first, segment_ids[:, :-1]], axis=1)
+    return ops.cumsum(ops.cast(ops.not_equal(segment_ids, previous), "int32"), axis=1)

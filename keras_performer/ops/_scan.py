@@ -1,0 +1,336 @@
+"""A scan whose backward pass recomputes each step: the only place that knows a backend.
+
+`scan(body, carry, xs, weights)` walks over the leading axis of `xs`. Its gradient keeps the
+carries at the step boundaries and nothing else: each step is run again, and differentiated by the
+backend itself, when the backward pass reaches it. Every tensor that `body` needs is an argument,
+because a tensor closed over by `body` gets no gradient under the TensorFlow and PyTorch backends.
+
+Written here because `keras.ops.scan` keeps every intermediate result, unrolls on PyTorch without
+freeing anything, and on TensorFlow asks for outputs shaped like the carry.
+"""
+
+import contextlib
+import contextvars
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+
+Tensors = tuple[Any, ...]
+Body = Callable[[Tensors, Tensors, Tensors], tuple[Tensors, Tensors]]
+
+_EXPORTING: contextvars.ContextVar[bool] = contextvars.ContextVar("exporting", default=False)
+
+
+@contextlib.contextmanager
+def export_loops() -> Iterator[None]:
+    """Trace TensorFlow loops in the form that LiteRT can lower with a dynamic batch and length.
+
+    Inside this context a loop collects its outputs by slice updates, which LiteRT has builtin
+    operators for, and keeps nothing for a backward pass. Outside it a loop collects them in
+    tensor arrays, which run 40 times as fast in a TensorFlow graph but lower only with static
+    shapes. Changes nothing under the JAX and PyTorch backends.
+
+    **Example**
+
+    >>> with keras_performer.ops.export_loops():  # doctest: +SKIP
+    ...     concrete = tf.function(model).get_concrete_function(spec)
+    """
+    token = _EXPORTING.set(True)
+    try:
+        yield
+    finally:
+        _EXPORTING.reset(token)
+
+
+def scan(
+    body: Body,
+    carry: Tensors,
+    xs: Tensors,
+    weights: Tensors = (),
+    *,
+    output_shapes: Sequence[Sequence[Any]] = (),
+    reverse: bool = False,
+) -> tuple[Tensors, Tensors]:
+    """Run `carry, ys[i] = body(carry, xs[i], weights)` over i, recomputing in the backward pass.
+
+    Args:
+        body: A pure function of three tuples of tensors. It returns the next carry, of the
+            shapes and types of the carry, and a tuple of outputs of the type of `carry[0]`.
+        carry: Floating-point tensors; `carry[0]` sets the type of the outputs.
+        xs: Tensors with a common leading axis of at least one step. Integers and booleans get
+            no gradient.
+        weights: Floating-point tensors that every step reads; their gradients are summed.
+        output_shapes: The shape of each output of one step, integers or scalar tensors.
+        reverse: Whether to walk from the last step to the first. `ys` keeps the order of `xs`.
+
+    Returns:
+        The last carry and the tuple of outputs, stacked along a new leading axis.
+    """
+    backend = keras.backend.backend()
+    if backend == "jax":
+        return _jax_scan(body, carry, xs, weights, reverse)
+    if backend == "torch":
+        return _torch_scan(body, carry, xs, weights, reverse)
+    if backend == "tensorflow":
+        return _tensorflow_scan(body, carry, xs, weights, output_shapes, reverse)
+    raise ValueError(
+        "keras_performer runs on the TensorFlow, JAX and PyTorch backends. "
+        f"Received: keras.backend.backend()={backend!r}. Set KERAS_BACKEND before importing keras."
+    )
+
+
+# JAX: rematerialisation of the scan body is all there is to it.
+
+
+def _jax_scan(
+    body: Body, carry: Tensors, xs: Tensors, weights: Tensors, reverse: bool
+) -> tuple[Tensors, Tensors]:
+    import jax
+
+    # A scan cannot merge the recomputation with the forward pass, so nothing need prevent it.
+    step = jax.checkpoint(body, prevent_cse=False)
+    return jax.lax.scan(lambda c, x: step(c, x, weights), carry, xs, reverse=reverse)
+
+
+# PyTorch: a Python loop inside one autograd function.
+
+
+def _torch_loop(
+    body: Body, carry: Tensors, xs: Tensors, weights: Tensors, reverse: bool
+) -> tuple[Tensors, Tensors, list[Tensors]]:
+    import torch
+
+    steps = list(zip(*(x.unbind(0) for x in xs), strict=True))
+    outputs, boundaries = [], []
+    for x in reversed(steps) if reverse else steps:
+        boundaries.append(carry)
+        carry, y = body(carry, x, weights)
+        outputs.append(y)
+    if reverse:
+        outputs.reverse()
+        boundaries.reverse()
+    return carry, tuple(torch.stack(y) for y in zip(*outputs, strict=True)), boundaries
+
+
+def _torch_scan(
+    body: Body, carry: Tensors, xs: Tensors, weights: Tensors, reverse: bool
+) -> tuple[Tensors, Tensors]:
+    import torch
+
+    tensors = (*carry, *xs, *weights)
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+        return _torch_loop(body, carry, xs, weights, reverse)[:2]
+    results = _torch_function().apply(body, (len(carry), len(xs)), reverse, *tensors)
+    return results[: len(carry)], results[len(carry) :]
+
+
+@functools.cache
+def _torch_function() -> Any:
+    import torch
+
+    class RecomputedScan(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, body: Body, sizes: tuple[int, int], reverse: bool, *tensors: Any):
+            carry, xs, weights = _split(tensors, sizes)
+            last, ys, boundaries = _torch_loop(body, carry, xs, weights, reverse)
+            ctx.body, ctx.sizes, ctx.reverse = body, sizes, reverse
+            ctx.save_for_backward(*xs, *weights, *(t for step in boundaries for t in step))
+            ctx.set_materialize_grads(False)
+            # A carry that no step changed must not be returned as the input itself.
+            return (*(t.view_as(t) for t in last), *ys)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any):
+            num_carry, num_xs = ctx.sizes
+            steps = ctx.saved_tensors[0].shape[0]
+            split = len(ctx.saved_tensors) - steps * num_carry
+            xs, weights = ctx.saved_tensors[:num_xs], ctx.saved_tensors[num_xs:split]
+            boundaries = ctx.saved_tensors[split:]
+            d_carry, d_ys = list(grads[:num_carry]), grads[num_carry:]
+            d_weights: list[Any] = [None] * len(weights)
+            d_xs: list[list[Any]] = [[None] * steps for _ in xs]
+            for i in range(steps) if ctx.reverse else reversed(range(steps)):
+                inputs = [
+                    t.detach().requires_grad_(t.is_floating_point())
+                    for t in (
+                        *boundaries[i * num_carry : (i + 1) * num_carry],
+                        *(x[i] for x in xs),
+                        *weights,
+                    )
+                ]
+                with torch.enable_grad():
+                    carry, ys = ctx.body(*_split(inputs, ctx.sizes))
+                pairs = [
+                    (out, grad)
+                    for out, grad in zip(
+                        (*carry, *ys),
+                        (*d_carry, *(None if g is None else g[i] for g in d_ys)),
+                        strict=True,
+                    )
+                    if grad is not None and out.requires_grad
+                ]
+                wanted = [t for t in inputs if t.requires_grad]
+                found = iter(
+                    torch.autograd.grad(
+                        [out for out, _ in pairs],
+                        wanted,
+                        [grad for _, grad in pairs],
+                        allow_unused=True,
+                    )
+                    if pairs
+                    else [None] * len(wanted)
+                )
+                step = [next(found) if t.requires_grad else None for t in inputs]
+                d_carry = step[:num_carry]
+                for j in range(num_xs):
+                    d_xs[j][i] = step[num_carry + j]
+                for j in range(len(weights)):
+                    grad = step[num_carry + num_xs + j]
+                    if grad is not None:
+                        d_weights[j] = grad if d_weights[j] is None else d_weights[j] + grad
+            stacked = [
+                None
+                if all(g is None for g in column)
+                else torch.stack(
+                    [torch.zeros_like(x[i]) if g is None else g for i, g in enumerate(column)]
+                )
+                for x, column in zip(xs, d_xs, strict=True)
+            ]
+            return (None, None, None, *d_carry, *stacked, *d_weights)
+
+    return RecomputedScan
+
+
+def _split(tensors: Sequence[Any], sizes: tuple[int, int]) -> tuple[Tensors, Tensors, Tensors]:
+    first, second = sizes[0], sizes[0] + sizes[1]
+    return tuple(tensors[:first]), tuple(tensors[first:second]), tuple(tensors[second:])
+
+
+# TensorFlow: two while loops joined by a custom gradient.
+
+
+def _tensorflow_scan(
+    body: Body,
+    carry: Tensors,
+    xs: Tensors,
+    weights: Tensors,
+    output_shapes: Sequence[Sequence[Any]],
+    reverse: bool,
+) -> tuple[Tensors, Tensors]:
+    import tensorflow as tf
+
+    sizes = (len(carry), len(xs))
+    dtype = carry[0].dtype
+    outputs_like = [(dtype, shape) for shape in output_shapes]
+
+    if _EXPORTING.get():
+        return _tensorflow_loop(
+            lambda c, x: body(c, x, weights), carry, xs, outputs_like, reverse, slice_updates=True
+        )
+
+    @tf.custom_gradient
+    def run(*tensors: Any):
+        carry, xs, weights = _split(tensors, sizes)
+        carries_like = [(t.dtype, _shape(t)) for t in carry]
+
+        def forward_step(c: Tensors, x: Tensors) -> tuple[Tensors, Tensors]:
+            following, ys = body(c, x, weights)
+            return following, (*ys, *c)
+
+        last, collected = _tensorflow_loop(
+            forward_step, carry, xs, [*outputs_like, *carries_like], reverse
+        )
+        ys, boundaries = collected[: len(output_shapes)], collected[len(output_shapes) :]
+
+        def gradient(*upstream: Any):
+            d_carry, d_ys = upstream[: sizes[0]], upstream[sizes[0] :]
+            floating = [t.dtype.is_floating for t in xs]
+
+            def backward_step(c: Tensors, x: Tensors) -> tuple[Tensors, Tensors]:
+                d_carry, d_weights = c[: sizes[0]], c[sizes[0] :]
+                start, x_i, d_y = _split(x, sizes)
+                watched = (
+                    *start,
+                    *(t for t, f in zip(x_i, floating, strict=True) if f),
+                    *weights,
+                )
+                with tf.GradientTape(watch_accessed_variables=False) as tape:
+                    tape.watch(watched)
+                    following, ys = body(start, x_i, weights)
+                grads = tape.gradient(
+                    [*following, *ys],
+                    watched,
+                    output_gradients=[*d_carry, *d_y],
+                    unconnected_gradients=tf.UnconnectedGradients.ZERO,
+                )
+                d_start, d_x, d_w = _split(grads, (sizes[0], sum(floating)))
+                return (*d_start, *(a + b for a, b in zip(d_weights, d_w, strict=True))), d_x
+
+            like = [(t.dtype, _shape(t)[1:]) for t, f in zip(xs, floating, strict=True) if f]
+            last, d_floating = _tensorflow_loop(
+                backward_step,
+                (*d_carry, *(tf.zeros_like(w) for w in weights)),
+                (*boundaries, *xs, *d_ys),
+                like,
+                not reverse,
+            )
+            remaining = iter(d_floating)
+            d_xs = [next(remaining) if f else None for f in floating]
+            return (*last[: sizes[0]], *d_xs, *last[sizes[0] :])
+
+        return (*last, *ys), gradient
+
+    results = run(*carry, *xs, *weights)
+    return tuple(results[: sizes[0]]), tuple(results[sizes[0] :])
+
+
+def _tensorflow_loop(
+    step: Callable[[Tensors, Tensors], tuple[Tensors, Tensors]],
+    carry: Tensors,
+    xs: Tensors,
+    outputs_like: Sequence[tuple[Any, Sequence[Any]]],
+    reverse: bool,
+    slice_updates: bool = False,
+) -> tuple[Tensors, Tensors]:
+    import tensorflow as tf
+
+    num_steps = _shape(xs[0])[0]
+
+    def static(shape: Sequence[Any]) -> list[int | None]:
+        return [d if isinstance(d, int) else None for d in shape]
+
+    if slice_updates:
+        outputs = tuple(tf.zeros((num_steps, *shape), dtype) for dtype, shape in outputs_like)
+    else:
+        outputs = tuple(
+            tf.TensorArray(dtype, size=num_steps, element_shape=static(shape))
+            for dtype, shape in outputs_like
+        )
+
+    def write(output: Any, index: Any, value: Any) -> Any:
+        if slice_updates:
+            start = (index, *(0 for _ in value.shape))
+            return keras.ops.slice_update(output, start, tf.expand_dims(value, 0))
+        return output.write(index, value)
+
+    def loop_body(i: Any, carry: Tensors, outputs: Tensors):
+        index = num_steps - 1 - i if reverse else i
+        carry, ys = step(carry, tuple(x[index] for x in xs))
+        return i + 1, carry, tuple(write(o, index, y) for o, y in zip(outputs, ys, strict=True))
+
+    _, carry, outputs = tf.while_loop(
+        lambda i, carry, outputs: i < num_steps,
+        loop_body,
+        (tf.constant(0), carry, outputs),
+        parallel_iterations=1,
+    )
+    return carry, outputs if slice_updates else tuple(o.stack() for o in outputs)
+
+
+def _shape(tensor: Any) -> list[Any]:
+    import tensorflow as tf
+
+    dynamic = tf.shape(tensor)
+    return [dynamic[i] if d is None else d for i, d in enumerate(tensor.shape)]

@@ -1,0 +1,332 @@
+"""The op: its contract, its checks, and the choice of an implementation."""
+
+from typing import Any
+
+from keras import backend, ops
+from keras.utils import is_keras_tensor
+
+from keras_performer.ops import _chunked, _reference
+from keras_performer.ops._chunks import dtype_of, run_indices
+
+IMPLEMENTATIONS = {"chunked": _chunked, "reference": _reference}
+"""By name, in the order of preference of `implementation="auto"`."""
+
+
+def favor_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    feature_map: Any,
+    *,
+    causal: bool = False,
+    key_mask: Any = None,
+    segment_ids: Any = None,
+    exact_window: int | None = None,
+    num_sink_tokens: int = 0,
+    initial_state: dict[str, Any] | None = None,
+    return_state: bool = False,
+    implementation: str = "auto",
+) -> Any:
+    """Attention through features, at a cost linear in length.
+
+    `out_t = sum_s phi(q_t).phi(k_s) v_s / sum_s phi(q_t).phi(k_s)`, the sums running over the keys
+    that query t may see. With `FavorPlus`, phi(q).phi(k) is an unbiased estimate of
+    exp(q.k / sqrt(H)), so the result estimates softmax attention. Use it directly for custom
+    layers; `PerformerAttention` wraps it for models.
+
+    **Shapes** B batch, T query length, S key length, N query heads, K key/value heads (K divides
+    N; head n reads key/value head n // (N/K)), H head size, V value head size, M features.
+
+    **Args**
+        query: (B, T, N, H), floating point, not scaled.
+        key: (B, S, K, H).
+        value: (B, S, K, V).
+        feature_map: A `keras_performer.feature_maps.FeatureMap`. It is built for head size H if it
+            is not yet.
+        causal: Whether query t sees only keys 0 to t. Needs T = S.
+        key_mask: None, or (B, S) or per head (B, K, S), True or nonzero where the key takes part.
+        segment_ids: None, or integers (B, T) for packed sequences; needs T = S. A segment is a run
+            of equal ids, and tokens attend within their run.
+        exact_window: Reserved for an exact near field; None or 0 is pure feature attention.
+        num_sink_tokens: Reserved for exact leading keys; 0 is none.
+        initial_state: A state returned earlier. Causal: the sequence goes on after it.
+            Bidirectional: every query also sees the keys in it.
+        return_state: Whether to return the state after all keys as well.
+        implementation: "auto", "chunked" (linear time and memory) or "reference" (the definition,
+            quadratic).
+
+    **Returns** The output (B, T, N, V) of the type of `query`; with `return_state=True` a pair of
+    it and the state: a dictionary of `kv` (B, K, M, V), `k_sum` (B, K, M) and `log_max` (B, K, M),
+    which stand for the sums `exp(log_max) * kv` and `exp(log_max) * k_sum` over keys, and with
+    `segment_ids` also `segment_id` (B,), the segment that they belong to. Its size does not depend
+    on S.
+
+    **Masking** A masked key leaves the numerator and the denominator; what it holds, NaN included,
+    does not matter. A query that sees no key gives zeros. The state skips masked keys.
+
+    **Precision** Features, sums and quotients are float32 whatever the input type, float64 for
+    float64. No epsilon is added. The gradient treats `log_max` as a constant, so differentiate
+    functions of `exp(log_max) * kv`, which do not depend on it.
+
+    **Cost** O(T N M (H + V)) time; causal and packed attention add O(T C N (M + V)) for chunks of C
+    tokens. Memory O(T N (H + V) + (T / C) K M V); the backward pass recomputes the features.
+
+    **Raises** ValueError or TypeError for shapes, types and combinations that cannot work.
+
+    **Example**
+
+    >>> import numpy as np
+    >>> x = np.random.default_rng(0).normal(size=(1, 5, 2, 8)).astype("float32")
+    >>> out = favor_attention(x, x, x, keras_performer.feature_maps.FavorPlus(seed=1), causal=True)
+    >>> tuple(out.shape)
+    (1, 5, 2, 8)
+
+    **Source** Choromanski et al. 2021, arXiv 2009.14794, section 2. We differ in keeping each
+    token's scale beside its features instead of adding an epsilon to features divided by a global
+    maximum, and in walking causally over chunks instead of tokens.
+    """
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if is_keras_tensor(tensor):
+            raise TypeError(
+                "favor_attention works on tensors, not on symbolic inputs. In a functional model "
+                f"use keras_performer.layers.PerformerAttention. Received: {name}={tensor}"
+            )
+    if not callable(getattr(feature_map, "features", None)):
+        raise TypeError(
+            "feature_map must be a keras_performer.feature_maps.FeatureMap, such as FavorPlus(). "
+            f"Received: feature_map={feature_map!r}"
+        )
+    query, key, value = (ops.convert_to_tensor(t) for t in (query, key, value))
+    _check_shapes(query, key, value, causal, segment_ids is not None)
+    chosen = _choose(implementation, exact_window=exact_window, num_sink_tokens=num_sink_tokens)
+    _build(feature_map, key)
+    output_dtype = dtype_of(query)
+    dtype = "float64" if output_dtype == "float64" else "float32"
+    query, key, value = (ops.cast(t, dtype) for t in (query, key, value))
+    batch, length, num_heads, head_dim = ops.shape(query)
+    num_key_heads, value_dim = key.shape[2], value.shape[3]
+    grouped = (batch, length, num_key_heads, num_heads // num_key_heads, head_dim)
+    query = ops.transpose(ops.reshape(query, grouped), (0, 2, 3, 1, 4))
+    key, value = (ops.transpose(t, (0, 2, 1, 3)) for t in (key, value))
+    if key_mask is not None:
+        key_mask = _check_key_mask(key_mask, key)
+        key, value = (ops.where(ops.expand_dims(key_mask, -1), t, 0.0) for t in (key, value))
+    runs = None
+    if segment_ids is not None:
+        if not causal and (initial_state is not None or return_state):
+            raise ValueError(
+                "Bidirectional attention within segment_ids has no single state. Use causal=True, "
+                "or call favor_attention once for each segment."
+            )
+        segment_ids = ops.convert_to_tensor(segment_ids)
+        if len(segment_ids.shape) != 2:
+            raise ValueError(
+                "segment_ids must be integers of shape (batch, length). "
+                f"Received: segment_ids of shape {tuple(segment_ids.shape)}"
+            )
+        runs = _run_indices(segment_ids, initial_state)
+    if (initial_state is not None or return_state) and not feature_map.supports_state:
+        raise ValueError(
+            f"{type(feature_map).__name__} scales its features by a maximum over the whole "
+            "sequence, so it has no state. Use it without initial_state and return_state, or set "
+            "legacy_epsilon=None."
+        )
+    if initial_state is not None:
+        initial_state = _check_state(
+            initial_state, (key.shape[0], num_key_heads, feature_map.feature_dim), value_dim, dtype
+        )
+    output, state = IMPLEMENTATIONS[chosen].attend(
+        query,
+        key,
+        value,
+        feature_map,
+        feature_map.operands(key, key_mask),
+        causal=causal,
+        key_mask=key_mask,
+        runs=runs,
+        state=initial_state,
+    )
+    output = ops.reshape(
+        ops.transpose(output, (0, 3, 1, 2, 4)), (batch, length, num_heads, value_dim)
+    )
+    output = ops.cast(output, output_dtype)
+    if not return_state:
+        return output
+    if segment_ids is not None:
+        state["segment_id"] = segment_ids[:, -1]
+    return output, state
+
+
+def favor_attention_weights(
+    query: Any,
+    key: Any,
+    feature_map: Any,
+    *,
+    causal: bool = False,
+    key_mask: Any = None,
+    segment_ids: Any = None,
+) -> Any:
+    """The normalised weights that `favor_attention` gives each key, to look at short inputs.
+
+    **Shapes and args** as in `favor_attention`.
+
+    **Returns** (B, N, T, S), of the type of `query`. Every row sums to one, or to zero where the
+    query sees no key.
+
+    **Cost** O(T S N M) time and memory: this forms what linear attention avoids.
+
+    **Raises** as `favor_attention` does.
+
+    **Example**
+
+    >>> import numpy as np
+    >>> x = np.random.default_rng(0).normal(size=(1, 5, 2, 8)).astype("float32")
+    >>> feature_map = keras_performer.feature_maps.FavorPlus(seed=1)
+    >>> tuple(favor_attention_weights(x, x, feature_map).shape)
+    (1, 2, 5, 5)
+    """
+    query, key = ops.convert_to_tensor(query), ops.convert_to_tensor(key)
+    _check_shapes(query, key, key, causal, segment_ids is not None)
+    _build(feature_map, key)
+    output_dtype = dtype_of(query)
+    dtype = "float64" if output_dtype == "float64" else "float32"
+    query, key = ops.cast(query, dtype), ops.cast(key, dtype)
+    batch, length, num_heads, head_dim = ops.shape(query)
+    num_keys, num_key_heads = ops.shape(key)[1:3]
+    grouped = (batch, length, num_key_heads, num_heads // num_key_heads, head_dim)
+    query = ops.transpose(ops.reshape(query, grouped), (0, 2, 3, 1, 4))
+    key = ops.transpose(key, (0, 2, 1, 3))
+    if key_mask is not None:
+        key_mask = _check_key_mask(key_mask, key)
+        key = ops.where(ops.expand_dims(key_mask, -1), key, 0.0)
+    weights = _reference.attention_weights(
+        query,
+        key,
+        feature_map,
+        feature_map.operands(key, key_mask),
+        causal=causal,
+        key_mask=key_mask,
+        runs=None if segment_ids is None else _run_indices(segment_ids, None),
+    )
+    weights = ops.reshape(weights, (batch, num_heads, length, num_keys))
+    return ops.cast(weights, output_dtype)
+
+
+def _build(feature_map: Any, key: Any) -> None:
+    if not feature_map.built:
+        feature_map.build(tuple(key.shape))
+    if feature_map.head_dim != key.shape[-1]:
+        raise ValueError(
+            f"The feature map was built for head size {feature_map.head_dim}: make a new one for "
+            f"another. Received: key of shape {tuple(key.shape)}"
+        )
+
+
+def _choose(implementation: str, **options: Any) -> str:
+    if implementation == "auto":
+        refusals = {name: module.why_not(**options) for name, module in IMPLEMENTATIONS.items()}
+        for name, refusal in refusals.items():
+            if refusal is None:
+                return name
+        raise NotImplementedError(next(iter(refusals.values())))
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation must be 'auto' or one of {sorted(IMPLEMENTATIONS)}. "
+            f"Received: implementation={implementation!r}"
+        )
+    refusal = IMPLEMENTATIONS[implementation].why_not(**options)
+    if refusal is not None:
+        raise NotImplementedError(refusal)
+    return implementation
+
+
+def _check_shapes(query: Any, key: Any, value: Any, causal: bool, segmented: bool) -> None:
+    shapes = {"query": query.shape, "key": key.shape, "value": value.shape}
+    received = "Received: " + ", ".join(f"{n}.shape={tuple(s)}" for n, s in shapes.items())
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if len(tensor.shape) != 4:
+            raise ValueError(
+                f"{name} must have four axes (batch, length, heads, head size). {received}"
+            )
+        if any(d == 0 for d in tensor.shape):
+            raise ValueError(f"{name} must not have an empty axis. {received}")
+        if not backend.is_float_dtype(dtype_of(tensor)):
+            raise TypeError(
+                f"{name} must be floating point; cast it first. Received: "
+                f"{name}.dtype={dtype_of(tensor)}"
+            )
+    if query.shape[3] != key.shape[3]:
+        raise ValueError(f"query and key must have the same head size (axis 3). {received}")
+    if key.shape[2] != value.shape[2]:
+        raise ValueError(f"key and value must have the same number of heads (axis 2). {received}")
+    if query.shape[2] % key.shape[2]:
+        raise ValueError(
+            f"The number of query heads must be a multiple of the key heads' (axis 2). {received}"
+        )
+    if _differ(key.shape[1], value.shape[1]):
+        raise ValueError(f"key and value must have the same length (axis 1). {received}")
+    for tensor in (key, value):
+        if _differ(query.shape[0], tensor.shape[0]):
+            raise ValueError(f"query, key and value must have one batch size (axis 0). {received}")
+    if (causal or segmented) and _differ(query.shape[1], key.shape[1]):
+        what = "causal=True" if causal else "segment_ids"
+        raise ValueError(
+            f"{what} needs queries and keys of the same positions, of one length (axis 1). "
+            f"{received}"
+        )
+
+
+def _differ(a: Any, b: Any) -> bool:
+    return isinstance(a, int) and isinstance(b, int) and a != b
+
+
+def _check_key_mask(key_mask: Any, key: Any) -> Any:
+    """Give the mask the shape (B, 1 or K, S)."""
+    key_mask = ops.cast(ops.convert_to_tensor(key_mask), "bool")
+    batch, num_heads, length, _ = key.shape
+    shape = tuple(key_mask.shape)
+    expected = (batch, length) if len(shape) == 2 else (batch, num_heads, length)
+    if len(shape) not in (2, 3) or any(_differ(a, b) for a, b in zip(shape, expected, strict=True)):
+        raise ValueError(
+            "key_mask must have the shape (batch, key length) or (batch, key heads, key length), "
+            f"here ({batch}, {length}) or ({batch}, {num_heads}, {length}). Masks that differ "
+            "between queries cannot be honoured in linear time: use causal=True or segment_ids. "
+            f"Received: key_mask.shape={shape}"
+        )
+    return key_mask if len(shape) == 3 else ops.expand_dims(key_mask, 1)
+
+
+def _run_indices(segment_ids: Any, initial_state: dict[str, Any] | None) -> Any:
+    """Number the runs of equal ids; a run that continues the state's segment has number zero."""
+    first = None
+    if initial_state is not None:
+        if "segment_id" not in initial_state:
+            raise ValueError(
+                "With segment_ids the initial_state must say which segment it belongs to: pass a "
+                "state that was returned by a call with segment_ids. Received: initial_state with "
+                f"keys {sorted(initial_state)}"
+            )
+        first = ops.expand_dims(initial_state["segment_id"], -1)
+    return run_indices(segment_ids, first)
+
+
+def _check_state(
+    state: dict[str, Any], shape: tuple[Any, ...], value_dim: int, dtype: str
+) -> dict[str, Any]:
+    expected = {"kv": (*shape, value_dim), "k_sum": shape, "log_max": shape}
+    if not isinstance(state, dict) or not set(expected) <= set(state):
+        raise ValueError(
+            f"initial_state must be a state that favor_attention returned, with {sorted(expected)}."
+            f" Received: initial_state={state!r}"
+        )
+    tensors = {name: ops.cast(ops.convert_to_tensor(state[name]), dtype) for name in expected}
+    for name, tensor in tensors.items():
+        received = tuple(tensor.shape)
+        if len(received) != len(expected[name]) or any(
+            _differ(a, b) for a, b in zip(received, expected[name], strict=True)
+        ):
+            raise ValueError(
+                f"initial_state[{name!r}] must have the shape {expected[name]}, which follows from "
+                f"batch, key heads, features and value size. Received: shape {received}"
+            )
+    return tensors

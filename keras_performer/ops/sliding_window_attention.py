@@ -1,0 +1,180 @@
+"""Exact softmax attention within a band, in linear time."""
+
+from typing import Any
+
+from keras import ops
+
+from keras_performer.ops._chunks import (
+    dtype_of,
+    normalize,
+    pad,
+    run_indices,
+    same_run,
+    split,
+    tile_rows,
+)
+from keras_performer.ops._scan import scan
+
+_LOG_ZERO = -1e30
+_SMALLEST_BLOCK = 64
+
+
+def sliding_window_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    sliding_window: int,
+    *,
+    causal: bool = False,
+    key_mask: Any = None,
+    segment_ids: Any = None,
+) -> Any:
+    """Softmax attention of query t over the keys s with |t - s| < sliding_window.
+
+    Blocks of queries meet their own block of keys and its neighbours, and the band is cut out of
+    the pairs between them.
+
+    **Shapes and args** query (B, T, N, H), key (B, S, K, H), value (B, S, K, V); K divides N.
+    `key_mask` is boolean (B, S) or (B, K, S); `segment_ids` are integers (B, T) with T = S, and
+    tokens attend within their run of equal ids; `causal` also asks for s <= t.
+
+    **Returns** (B, T, N, V), of the type of `query`.
+
+    **Masking** A query that sees no key gives zeros.
+
+    **Precision** float32 whatever the input type, float64 for float64.
+
+    **Cost** O(T N W (H + V)) time with W = max(sliding_window, 64), and O(T N (H + V)) memory.
+
+    **Raises** ValueError for a window that is not a positive integer.
+
+    **Example**
+
+    >>> x = np.ones((1, 5, 2, 8), "float32")
+    >>> tuple(sliding_window_attention(x, x, x, 2, causal=True).shape)
+    (1, 5, 2, 8)
+
+    **Source** Beltagy et al. 2020, arXiv 2004.05150, section 3.1; the band is that of
+    `keras.layers.MultiHeadAttention(sliding_window=...)`.
+    """
+    if not isinstance(sliding_window, int) or sliding_window < 1:
+        raise ValueError(
+            "sliding_window must be a positive integer. "
+            f"Received: sliding_window={sliding_window!r}"
+        )
+    query, key, value = (ops.convert_to_tensor(t) for t in (query, key, value))
+    output_dtype = dtype_of(query)
+    dtype = "float64" if output_dtype == "float64" else "float32"
+    batch, length, num_heads, head_dim = ops.shape(query)
+    key_length, num_key_heads = ops.shape(key)[1:3]
+    num_groups, value_dim = num_heads // num_key_heads, value.shape[3]
+    query = ops.reshape(
+        ops.cast(query, dtype) * head_dim**-0.5,
+        (batch, length, num_key_heads, num_groups, head_dim),
+    )
+    query = ops.transpose(query, (0, 2, 3, 1, 4))
+    key, value = (ops.transpose(ops.cast(t, dtype), (0, 2, 1, 3)) for t in (key, value))
+    if key_mask is None:
+        key_mask = ops.ones((batch, 1, key_length), "bool")
+    else:
+        key_mask = ops.cast(key_mask, "bool")
+        key_mask = key_mask if len(key_mask.shape) == 3 else ops.expand_dims(key_mask, 1)
+        key, value = (ops.where(ops.expand_dims(key_mask, -1), t, 0.0) for t in (key, value))
+    mask = ops.expand_dims(key_mask, -1)
+    ones = ops.broadcast_to(ops.cast(mask, dtype), (*ops.shape(value)[:-1], 1))
+    value = ops.concatenate([value, ones], axis=-1)
+
+    longest = length if causal else ops.maximum(length, key_length)
+    if isinstance(length, int) and isinstance(key_length, int):
+        longest = length if causal else max(length, key_length)
+    size = max(sliding_window, _SMALLEST_BLOCK)
+    size = min(size, longest) if isinstance(longest, int) else size
+    total = (longest + size - 1) // size * size
+    queries = split(pad(query, 3, total), 3, size)
+    rows = (*ops.shape(queries)[:3], num_groups * size)
+    queries = ops.reshape(queries, (*rows, head_dim))
+
+    def neighbours(x: Any, axis: int) -> Any:
+        """Blocks of keys beside their neighbours: (n, ..., 2 or 3 blocks, ...)."""
+        if causal:
+            x = x[(slice(None),) * axis + (slice(None, total),)]  # no query sees later keys
+        blocks = split(pad(x, axis, total), axis, size)
+        none = ops.zeros_like(blocks[:1])
+        sides = [ops.concatenate([none, blocks[:-1]], axis=0), blocks]
+        if not causal:
+            sides.append(ops.concatenate([blocks[1:], none], axis=0))
+        return ops.concatenate(sides, axis=axis + 1)
+
+    position = ops.expand_dims(ops.arange(size) + size, -1)
+    distance = position - ops.expand_dims(ops.arange(size * (2 if causal else 3)), 0)
+    band = ops.abs(distance) < sliding_window
+    if causal:
+        band = ops.logical_and(band, distance >= 0)
+    band = tile_rows(ops.expand_dims(band, (0, 1)), num_groups)
+    xs = [queries, *(neighbours(x, 2) for x in (key, value, mask))]
+    if segment_ids is not None:
+        runs = run_indices(segment_ids) + 1
+        xs += [split(pad(runs, 1, total), 1, size), neighbours(runs, 1)]
+
+    def attend(carry: Any, x: Any, weights: Any) -> Any:
+        q, k, v, m, *runs = x
+        visible = ops.logical_and(band, ops.swapaxes(m, -1, -2))
+        if runs:
+            visible = ops.logical_and(visible, tile_rows(same_run(*runs), num_groups))
+        scores = ops.where(visible, ops.matmul(q, ops.swapaxes(k, -1, -2)), _LOG_ZERO)
+        row_max = ops.maximum(ops.max(scores, axis=-1, keepdims=True), _LOG_ZERO / 2)
+        scores = ops.exp(scores - ops.stop_gradient(row_max))
+        return carry, (normalize(ops.matmul(scores, v)),)
+
+    _, (output,) = scan(
+        attend,
+        (ops.zeros((1,), dtype),),
+        tuple(xs),
+        output_shapes=[(*rows[1:], value_dim)],
+    )
+    blocks = (*ops.shape(queries)[:3], num_groups, size, value_dim)
+    output = ops.transpose(ops.reshape(output, blocks), (1, 0, 4, 2, 3, 5))
+    output = ops.reshape(output, (batch, total, num_heads, value_dim))[:, :length]
+    return ops.cast(output, output_dtype)
+
+
+def sliding_window_weights(
+    query: Any,
+    key: Any,
+    sliding_window: int,
+    *,
+    causal: bool = False,
+    key_mask: Any = None,
+    segment_ids: Any = None,
+) -> Any:
+    """The weights of `sliding_window_attention`, (B, N, T, S), to look at short inputs.
+
+    **Cost** O(T S N H) time and O(T S N) memory.
+    """
+    query, key = ops.convert_to_tensor(query), ops.convert_to_tensor(key)
+    output_dtype = dtype_of(query)
+    dtype = "float64" if output_dtype == "float64" else "float32"
+    num_groups = query.shape[2] // key.shape[2]
+    key = ops.repeat(ops.cast(key, dtype), num_groups, axis=2)
+    scores = ops.einsum("btnh,bsnh->bnts", ops.cast(query, dtype), key) * key.shape[-1] ** -0.5
+    rows = ops.expand_dims(ops.arange(ops.shape(query)[1]), -1)
+    distance = rows - ops.expand_dims(ops.arange(ops.shape(key)[1]), 0)
+    visible = ops.abs(distance) < sliding_window
+    if causal:
+        visible = ops.logical_and(visible, distance >= 0)
+    visible = ops.expand_dims(visible, (0, 1))
+    if key_mask is not None:
+        key_mask = ops.cast(key_mask, "bool")
+        if len(key_mask.shape) == 2:
+            key_mask = ops.expand_dims(key_mask, 1)
+        key_mask = ops.repeat(key_mask, num_groups, axis=1) if key_mask.shape[1] != 1 else key_mask
+        visible = ops.logical_and(visible, ops.expand_dims(key_mask, 2))
+    if segment_ids is not None:
+        runs = run_indices(segment_ids)
+        visible = ops.logical_and(visible, same_run(runs, runs))
+    scores = ops.where(visible, scores, _LOG_ZERO)
+    row_max = ops.maximum(ops.max(scores, axis=-1, keepdims=True), _LOG_ZERO / 2)
+    scores = ops.exp(scores - ops.stop_gradient(row_max))
+    total = ops.sum(scores, axis=-1, keepdims=True)
+    weights = ops.where(total > 0, scores / ops.where(total > 0, total, 1.0), 0.0)
+    return ops.cast(weights, output_dtype)

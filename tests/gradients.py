@@ -1,0 +1,59 @@
+"""Gradients of a scalar function, and whole compiled functions, on whichever backend runs."""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+from tolerances import to_numpy
+
+
+def gradients(fn: Callable[..., Any], *arrays: Any) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The value of `fn(*tensors)`, a scalar, and its gradient by every array.
+
+    `fn` must be pure and build nothing: under JAX it is compiled, as in `compiled`. An array that `fn` does not depend on has a gradient of zeros. Weights that `fn` closes over
+    are constants; to differentiate by one, pass its value and read the argument.
+    """
+    tensors = [keras.ops.convert_to_tensor(array) for array in arrays]
+    backend = keras.config.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            tape.watch(tensors)
+            value = fn(*tensors)
+        grads = tape.gradient(value, tensors, unconnected_gradients="zero")
+    elif backend == "jax":
+        import jax
+
+        differentiate = jax.value_and_grad(fn, argnums=tuple(range(len(tensors))))
+        value, grads = jax.jit(differentiate)(*tensors)
+    elif backend == "torch":
+        import torch
+
+        tensors = [tensor.detach().clone().requires_grad_() for tensor in tensors]
+        with torch.enable_grad():
+            value = fn(*tensors)
+            grads = torch.autograd.grad(value, tensors, allow_unused=True, materialize_grads=True)
+    else:
+        raise ValueError(f"No gradients for this backend. Received: {backend}")
+    assert value.shape == (), f"fn must return a scalar, not {tuple(value.shape)}"
+    return to_numpy(value), [to_numpy(grad) for grad in grads]
+
+
+def value_of(fn: Callable[..., Any], *arrays: Any) -> np.ndarray:
+    """The value of `fn(*tensors)` alone, as NumPy: for a difference quotient."""
+    return to_numpy(fn(*[keras.ops.convert_to_tensor(array) for array in arrays]))
+
+
+def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn` of arrays, compiled as a whole under JAX, and as it is elsewhere.
+
+    JAX compiles single operators for every new shape, so a test of many shapes spends its time
+    there; a whole function compiles in a fifth of it. `fn` must be pure and build nothing.
+    """
+    if keras.config.backend() != "jax":
+        return fn
+    import jax
+
+    return jax.jit(fn)

@@ -1,0 +1,271 @@
+import importlib
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import types
+from pathlib import Path
+from typing import Any
+
+import keras
+import keras_hub
+import numpy as np
+import pytest
+
+import keras_performer
+from keras_performer.models import (
+    PerformerEncoderBackbone,
+    PerformerMaskedLM,
+    PerformerMaskedLMPreprocessor,
+    ProteinTokenizer,
+)
+
+BACKEND = keras.config.backend()
+ROOT = Path(keras_performer.__file__).parents[1]
+PRESETS_MODULE = importlib.import_module("keras_performer.presets")
+
+
+def make_task():
+    backbone = PerformerEncoderBackbone(30, 1, 3, 12, 17, num_features=13)
+    preprocessor = PerformerMaskedLMPreprocessor(ProteinTokenizer(), sequence_length=19)
+    return PerformerMaskedLM(backbone, preprocessor)
+
+
+def masked_inputs():
+    rng = np.random.default_rng(0)
+    return {
+        "token_ids": rng.integers(0, 30, size=(2, 11)).astype("int32"),
+        "padding_mask": np.array([[1] * 11, [1] * 7 + [0] * 4], "int32"),
+        "mask_positions": np.array([[1, 4, 0], [2, 5, 6]], "int32"),
+    }
+
+
+def to_numpy(x):
+    return keras.ops.convert_to_numpy(x)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A preset in a zoo, and the outputs of the task and of its backbone."""
+    task = make_task()
+    folder = tmp_path_factory.mktemp("zoo") / "tiny-protein"
+    task.save_to_preset(str(folder))
+    x = masked_inputs()
+    hidden = task.backbone({name: x[name] for name in ("token_ids", "padding_mask")})
+    return folder, to_numpy(task(x)), to_numpy(hidden)
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    """A copy of the preset to damage."""
+    folder = tmp_path / "preset"
+    for path in saved[0].rglob("*"):
+        if path.is_file():
+            target = folder / path.relative_to(saved[0])
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize("cls", [PerformerMaskedLM, keras_hub.models.MaskedLM])
+def test_task_loads_bit_equal(cls, saved):
+    task = cls.from_preset(str(saved[0]))
+    assert type(task) is PerformerMaskedLM
+    np.testing.assert_array_equal(to_numpy(task(masked_inputs())), saved[1])
+    assert task.preprocessor is not None
+    assert task.preprocessor.sequence_length == 19
+    assert np.isfinite(task.evaluate(["MKTAY", "ACD"], verbose=0)[0])
+
+
+@pytest.mark.parametrize("cls", [PerformerEncoderBackbone, keras_hub.models.Backbone])
+def test_backbone_loads_bit_equal(cls, saved):
+    backbone = cls.from_preset(str(saved[0]))
+    assert type(backbone) is PerformerEncoderBackbone
+    x = masked_inputs()
+    del x["mask_positions"]
+    np.testing.assert_array_equal(to_numpy(backbone(x)), saved[2])
+
+
+def test_preprocessor_and_tokenizer_load(saved):
+    for cls in (PerformerMaskedLMPreprocessor, keras_hub.models.MaskedLMPreprocessor):
+        assert cls.from_preset(str(saved[0])).sequence_length == 19
+    for cls in (ProteinTokenizer, keras_hub.models.Tokenizer):
+        assert cls.from_preset(str(saved[0]))("MK").tolist() == [15, 13]
+
+
+def test_options_override_what_was_saved(saved):
+    task = PerformerMaskedLM.from_preset(saved[0], preprocessor=None, dtype="mixed_bfloat16")
+    assert task.preprocessor is None
+    assert task.backbone.dtype_policy.name == "mixed_bfloat16"
+    fresh = PerformerMaskedLM.from_preset(saved[0], load_weights=False)
+    assert np.abs(to_numpy(fresh(masked_inputs())) - saved[1]).max() > 1e-3
+
+
+def test_a_head_can_be_started_on_a_backbone_alone(tmp_path):
+    backbone = PerformerEncoderBackbone(30, 1, 1, 4, 4, num_features=8)
+    backbone.save_to_preset(str(tmp_path / "body"))
+    task = PerformerMaskedLM.from_preset(str(tmp_path / "body"), preprocessor=None)
+    for new, old in zip(task.backbone.weights, backbone.weights, strict=True):
+        np.testing.assert_array_equal(to_numpy(new), to_numpy(old))
+
+
+def test_presets_are_found_by_name_in_the_package_and_beside_it(saved, tmp_path, monkeypatch):
+    inside = tmp_path / "_zoo"
+    (inside / "other").mkdir(parents=True)
+    (inside / "other" / "config.json").write_text("{}")
+    (inside / "no-preset").mkdir()
+    monkeypatch.setattr(PRESETS_MODULE, "_ZOOS", (inside, saved[0].parent))
+    assert keras_performer.presets() == ["other", "tiny-protein"]
+    assert keras_performer.preset_path("tiny-protein") == saved[0]
+    task = PerformerMaskedLM.from_preset("tiny-protein")
+    np.testing.assert_array_equal(to_numpy(task(masked_inputs())), saved[1])
+    assert ProteinTokenizer.from_preset("tiny-protein").vocabulary_size() == 30
+    for name in ("no-preset", "../zoo0/tiny-protein", ""):
+        with pytest.raises(ValueError, match="other, tiny-protein"):
+            keras_performer.preset_path(name)
+    with pytest.raises(ValueError, match=r"name='tiny-protien'"):
+        PerformerMaskedLM.from_preset("tiny-protien")
+
+
+def test_the_package_looks_in_its_own_folder_and_beside_it():
+    package = Path(keras_performer.__file__).resolve().parent
+    assert list(PRESETS_MODULE._ZOOS) == [package / "_zoo", package.parent / "zoo"]
+
+
+DAMAGE = {
+    "config.json is missing": ("config.json", None),
+    "config.json is cut short": ("config.json", 0.5),
+    "task.json is cut short": ("task.json", 0.9),
+    "preprocessor.json is empty": ("preprocessor.json", 0.0),
+    "weights are missing": ("model.weights.h5", None),
+    "weights are cut short": ("model.weights.h5", 0.7),
+    "weights are empty": ("model.weights.h5", 0.0),
+    "the head's weights are missing": ("task.weights.h5", None),
+    "the head's weights are cut short": ("task.weights.h5", 0.7),
+    "the vocabulary is missing": ("assets/tokenizer/vocabulary.txt", None),
+    "the vocabulary is cut short": ("assets/tokenizer/vocabulary.txt", 0.1),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damaged_presets_name_the_file(case, copy):
+    name, share = DAMAGE[case]
+    path = copy / name
+    content = path.read_bytes()
+    path.unlink()
+    if share is not None:
+        path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(ValueError, match=re.escape(name)) as caught:
+        PerformerMaskedLM.from_preset(copy)
+    assert type(caught.value) is ValueError
+
+
+def test_garbage_in_the_weights_names_the_file(copy):
+    path = copy / "model.weights.h5"
+    content = bytearray(path.read_bytes())
+    content[: len(content) // 2] = b"\x07" * (len(content) // 2)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"model\.weights\.h5.*save_to_preset"):
+        PerformerEncoderBackbone.from_preset(copy)
+
+
+def test_weights_of_another_architecture_are_refused(copy):
+    config = (copy / "config.json").read_text()
+    (copy / "config.json").write_text(config.replace('"num_layers": 1', '"num_layers": 2'))
+    with pytest.raises(ValueError, match="could not be loaded"):
+        PerformerEncoderBackbone.from_preset(copy)
+
+
+def test_weights_are_needed_only_where_they_are_loaded(copy):
+    (copy / "model.weights.h5").unlink()
+    PerformerEncoderBackbone.from_preset(copy, load_weights=False)
+    ProteinTokenizer.from_preset(copy)
+
+
+READ_ELSEWHERE = """
+import sys
+import keras, numpy as np
+from keras_performer.models import PerformerMaskedLM
+task = PerformerMaskedLM.from_preset(sys.argv[1])
+x = dict(np.load(sys.argv[2]))
+np.save(sys.argv[3], keras.ops.convert_to_numpy(task(x)))
+"""
+
+
+def test_other_backends_read_the_preset_with_equal_outputs(saved, tmp_path):
+    others = [
+        name
+        for name in ("tensorflow", "jax", "torch")
+        if name != BACKEND and importlib.util.find_spec(name) is not None
+    ]
+    if not others:
+        pytest.skip("no other backend is installed")
+    x: dict[str, Any] = masked_inputs()
+    np.savez(tmp_path / "x.npz", **x)
+    started = {}
+    for name in others:
+        files = [str(saved[0]), str(tmp_path / "x.npz"), str(tmp_path / f"{name}.npy")]
+        started[name] = subprocess.Popen(
+            [sys.executable, "-c", READ_ELSEWHERE, *files],
+            env={**os.environ, "KERAS_BACKEND": name},
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    for name, process in started.items():
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+        outputs = np.load(tmp_path / f"{name}.npy")
+        np.testing.assert_allclose(outputs, saved[1], rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+IMPORT_ORDERS = [
+    ["keras_performer"],
+    ["keras_performer", "keras_performer.export", "keras_performer.presets"],
+    ["keras_performer.export"],
+    ["keras_performer.presets", "keras_performer"],
+]
+
+
+@pytest.mark.parametrize("order", IMPORT_ORDERS)
+def test_public_names_are_functions_in_every_order_of_import(order, monkeypatch):
+    for name in ("keras_performer", "keras_performer.export", "keras_performer.presets"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    for name in order:
+        importlib.import_module(name)
+    package = sys.modules["keras_performer"]
+    assert package is not keras_performer
+    for _ in range(2):
+        for name in ("export", "presets", "preset_path"):
+            function = getattr(package, name)
+            assert isinstance(function, types.FunctionType), name
+            assert function.__name__ == name
+        for name in ("export", "presets"):
+            module = importlib.import_module(f"keras_performer.{name}")
+            assert getattr(module, name) is getattr(package, name)
+    assert set(package.__all__) <= set(dir(package))
+
+
+def test_importing_the_package_imports_no_framework():
+    code = (
+        "import sys, keras_performer\n"
+        "keras_performer.presets()\n"
+        "heavy = {'keras', 'keras_hub', 'tensorflow', 'jax', 'torch', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_unknown_names_of_the_package_are_attribute_errors():
+    with pytest.raises(AttributeError, match="no attribute 'exprot'"):
+        _ = keras_performer.exprot
+
+
+def test_version_is_that_of_the_project():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert keras_performer.__version__ == project["version"]

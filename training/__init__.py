@@ -1,0 +1,1 @@
+"""Training recipes: scripts to run, not part of the installed package."""

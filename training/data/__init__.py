@@ -1,0 +1,1 @@
+"""Readers and prepared samples of the data that the recipes train on."""

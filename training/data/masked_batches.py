@@ -1,0 +1,131 @@
+"""Masked batches of proteins, made with NumPy: the same on every backend and after a resume.
+
+keras-hub's own pipeline masks in TensorFlow or in Python, with different random numbers, and starts
+over when a run is resumed. It also cuts long proteins at their start only. Here a batch depends on
+the seed and the number of the step, and nothing else.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_performer.models import PerformerMaskedLMPreprocessor
+
+Batch = tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]
+
+
+def mask_proteins(
+    proteins: Sequence[np.ndarray],
+    preprocessor: PerformerMaskedLMPreprocessor,
+    rng: np.random.Generator,
+    always_mask: bool = False,
+) -> Batch:
+    """Crop, pack and mask proteins as the preprocessor would pack and mask their strings.
+
+    **Shapes** B is the number of proteins, T the preprocessor's `sequence_length`, P the number of
+    residues masked in a protein of full length.
+
+    **Args**
+        proteins: Token ids without special tokens, one vector per protein. What is longer than
+            T - 2 is cropped to a random window.
+        preprocessor: Gives the length, the special tokens and the rates.
+        rng: Source of all random choices.
+        always_mask: Replace every selected residue by the mask token, as for scoring. Otherwise
+            some become random residues and some stay, by the preprocessor's rates.
+
+    **Returns** `(x, y, sample_weight)`: x holds `token_ids` (B, T), `padding_mask` (B, T) and
+    `mask_positions` (B, P), all int32; y (B, P) int32 holds the true tokens; sample_weight (B, P)
+    float32 is 1 at masked residues and 0 at unused places.
+    """
+    tokenizer: Any = preprocessor.tokenizer
+    room = preprocessor.sequence_length - 2
+    rate = preprocessor.mask_selection_rate
+    special = list(tokenizer.special_token_ids)
+    ordinary = np.setdiff1d(np.arange(tokenizer.vocabulary_size()), special)
+    num_places = max(1, round(rate * room))
+
+    shape = (len(proteins), preprocessor.sequence_length)
+    token_ids = np.full(shape, tokenizer.pad_token_id, "int32")
+    padding_mask = np.zeros(shape, "int32")
+    mask_positions = np.zeros((len(proteins), num_places), "int32")
+    labels = np.zeros((len(proteins), num_places), "int32")
+    weights = np.zeros((len(proteins), num_places), "float32")
+    for row, protein in enumerate(proteins):
+        start = rng.integers(max(1, len(protein) - room + 1))
+        window = protein[start : start + room]
+        length = len(window)
+        token_ids[row, 0] = tokenizer.start_token_id
+        token_ids[row, 1 : length + 1] = window
+        token_ids[row, length + 1] = tokenizer.end_token_id
+        padding_mask[row, : length + 2] = 1
+
+        candidates = np.flatnonzero(~np.isin(window, special)) + 1
+        count = min(len(candidates), max(1, round(rate * len(candidates))))
+        positions = np.sort(rng.permutation(candidates)[:count])
+        mask_positions[row, :count] = positions
+        labels[row, :count] = token_ids[row, positions]
+        weights[row, :count] = 1
+
+        fate = rng.random(count)
+        random_tokens = rng.choice(ordinary, count)
+        masked = always_mask | (fate < preprocessor.mask_token_rate)
+        replaced = fate < preprocessor.mask_token_rate + preprocessor.random_token_rate
+        token_ids[row, positions] = np.where(
+            masked, tokenizer.mask_token_id, np.where(replaced, random_tokens, labels[row, :count])
+        )
+    x = {"token_ids": token_ids, "padding_mask": padding_mask, "mask_positions": mask_positions}
+    return x, labels, weights
+
+
+class MaskedBatches(keras.utils.PyDataset):
+    """An endless shuffled walk over proteins, cut into epochs of a fixed number of steps.
+
+    Every pass over the proteins has its own order, crops and masks. Set `epoch` at the start of
+    each epoch; a batch depends on the seed, the epoch and its index in it.
+
+    **Args**
+        proteins: Token ids without special tokens, one vector per protein.
+        preprocessor: As in `mask_proteins`.
+        batch_size: Proteins in a batch.
+        steps_per_epoch: Batches in an epoch.
+        seed: Seed of everything random.
+    """
+
+    def __init__(
+        self,
+        proteins: Sequence[np.ndarray],
+        preprocessor: PerformerMaskedLMPreprocessor,
+        batch_size: int,
+        steps_per_epoch: int,
+        seed: int,
+    ):
+        super().__init__()
+        self.proteins = proteins
+        self.preprocessor = preprocessor
+        self.batch_size = batch_size
+        self.steps_per_epoch = steps_per_epoch
+        self.seed = seed
+        self.epoch = 0
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, int))
+
+    def __len__(self) -> int:
+        """Return the number of batches in an epoch."""
+        return self.steps_per_epoch
+
+    def __getitem__(self, index: int) -> Batch:
+        """Return the batch of this index in the current epoch; see `mask_proteins`."""
+        step = self.epoch * self.steps_per_epoch + index
+        first = step * self.batch_size
+        proteins = [self._protein(place) for place in range(first, first + self.batch_size)]
+        rng = np.random.default_rng((self.seed, 0, step))
+        return mask_proteins(proteins, self.preprocessor, rng)
+
+    def _protein(self, place: int) -> np.ndarray:
+        number, index = divmod(place, len(self.proteins))
+        known, order = self._order
+        if known != number:
+            order = np.random.default_rng((self.seed, 1, number)).permutation(len(self.proteins))
+            self._order = (number, order)
+        return self.proteins[order[index]]
