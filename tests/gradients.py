@@ -11,8 +11,9 @@ from tolerances import to_numpy
 def gradients(fn: Callable[..., Any], *arrays: Any) -> tuple[np.ndarray, list[np.ndarray]]:
     """The value of `fn(*tensors)`, a scalar, and its gradient by every array.
 
-    `fn` must be pure and build nothing: under JAX it is compiled, as in `compiled`. An array that `fn` does not depend on has a gradient of zeros. Weights that `fn` closes over
-    are constants; to differentiate by one, pass its value and read the argument.
+    `fn` must be pure and build nothing: under JAX it is compiled, as in `compiled`. An array that
+    `fn` does not depend on has a gradient of zeros. Weights that `fn` closes over are constants;
+    to differentiate by one, pass its value and read the argument.
     """
     tensors = [keras.ops.convert_to_tensor(array) for array in arrays]
     backend = keras.config.backend()
@@ -27,7 +28,7 @@ def gradients(fn: Callable[..., Any], *arrays: Any) -> tuple[np.ndarray, list[np
         import jax
 
         differentiate = jax.value_and_grad(fn, argnums=tuple(range(len(tensors))))
-        value, grads = jax.jit(differentiate)(*tensors)
+        value, grads = compiled(differentiate)(*tensors)
     elif backend == "torch":
         import torch
 
@@ -50,10 +51,11 @@ def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
     """`fn` of arrays, compiled as a whole under JAX, and as it is elsewhere.
 
     JAX compiles single operators for every new shape, so a test of many shapes spends its time
-    there; a whole function compiles in a fifth of it. `fn` must be pure and build nothing.
+    there; a whole function, not optimized, compiles in a tenth of it. `fn` must be pure and build
+    nothing.
     """
     if keras.config.backend() != "jax":
         return fn
     import jax
 
-    return jax.jit(fn)
+    return jax.jit(fn, compiler_options={"xla_backend_optimization_level": 0})

@@ -5,6 +5,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+from gradients import compiled
 from tolerances import AGREEMENT, assert_close, assert_exact, relative_rms, to_numpy
 
 from keras_performer.feature_maps import FavorPlus, GeneralizedKernel, ReLU
@@ -28,18 +29,17 @@ def softmax_files(case):
 
 
 def with_projection(feature_map, golden):
-    """Build a map and give it the stored projection in place of the drawn one."""
+    """Build a map and give it the stored projection in place of the one it draws, if it does."""
     feature_map.build(golden["key"].shape)
-    feature_map.projection.assign(golden["projection"])
+    if feature_map.projection is not None:
+        feature_map.projection.assign(golden["projection"])
     return feature_map
 
 
 def attend(golden, feature_map, mode, implementation="chunked", **replaced):
-    arrays = [{**golden, **replaced}[name] for name in ("query", "key", "value")]
-    output = favor_attention(
-        *arrays, feature_map, causal=mode == "causal", implementation=implementation
-    )
-    return to_numpy(output)
+    options = {"causal": mode == "causal", "implementation": implementation}
+    function = compiled(lambda *x: favor_attention(*x, feature_map, **options))
+    return to_numpy(function(*({**golden, **replaced}[x] for x in ("query", "key", "value"))))
 
 
 def assert_agrees(actual, expected):
@@ -97,9 +97,7 @@ RELU_MAPS = {
 @pytest.mark.parametrize(("project", "variant"), RELU_MAPS)
 def test_relu_kernel(project, variant, mode, implementation):
     golden = load(f"{project}_relu")
-    feature_map = RELU_MAPS[project, variant]()
-    if feature_map.projection_kind is not None:
-        feature_map = with_projection(feature_map, golden)
+    feature_map = with_projection(RELU_MAPS[project, variant](), golden)
     output = attend(golden, feature_map, mode, implementation)
     assert_agrees(output, golden[f"{mode}{variant}"])
     assert_agrees(output, golden[f"{mode}{variant}_float64"])

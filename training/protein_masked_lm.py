@@ -167,7 +167,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     from keras_performer.models import PerformerMaskedLM
 
     preset = output / "preset"
-    shutil.rmtree(preset, ignore_errors=True)
     model.save_to_preset(str(preset))
     reloaded = PerformerMaskedLM.from_preset(str(preset))
     x, _, _ = slice_batch(heldout_batch, 0, 4)
@@ -227,11 +226,14 @@ def read_proteins(fasta: Path | None, config: Config) -> tuple[list[Protein], li
         for record in records:
             first.setdefault(record.sequence, record)
         distinct = list(first.values())
-        if set("ACGTUN").issuperset(*first):
+        if all(set("ACGTUN").issuperset(sequence) for sequence in first):
             raise ValueError(
                 f"{fasta}: all sequences are made of A, C, G, T, U and N, so they look like DNA or "
                 "RNA. Pass protein sequences."
             )
+        for protein in distinct:
+            if set(protein.sequence) == {"J"}:  # Not in the vocabulary: nothing to predict.
+                raise ValueError(f"{fasta}: {protein.name!r} is made of J only. Remove it.")
         bar = config.data.heldout_share * 2**64
         train = [protein for protein in distinct if sequence_hash(protein) >= bar]
         heldout = [protein for protein in distinct if sequence_hash(protein) < bar]
@@ -275,6 +277,7 @@ def prepare_output(output: Path, config: Config, proteins: list[list[Protein]]) 
             f"{output / 'backup'}."
         )
     write_json(record, run)
+    (output / "metrics.json").unlink(missing_ok=True)
     return output
 
 
@@ -282,7 +285,8 @@ def build_model(
     config: Config, backend: str | None
 ) -> "tuple[PerformerMaskedLM, PerformerMaskedLMPreprocessor]":
     """Choose the backend, seed it, and return the untrained model and its preprocessor."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # TensorFlow's start-up messages; what goes wrong is still raised.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     if backend is not None:
         os.environ["KERAS_BACKEND"] = backend
     try:

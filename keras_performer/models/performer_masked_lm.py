@@ -68,8 +68,8 @@ class PerformerMaskedLM(keras_hub.models.MaskedLM):
             intermediate_activation=backbone.activation,
             layer_norm_epsilon=backbone.layer_norm_epsilon,
             kernel_initializer=backbone.kernel_initializer.clone(),
-            # Not the policy: with a mixed one keras-hub's head adds a float32 bias to logits of half
-            # the width, which TensorFlow refuses.
+            # Not the policy itself: under a mixed one keras-hub's head adds a float32 bias to
+            # logits of half the width, which TensorFlow refuses.
             dtype=backbone.dtype_policy.variable_dtype,
             name="mlm_head",
         )

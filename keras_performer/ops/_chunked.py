@@ -11,11 +11,13 @@ largest log scale that query i may see, among the keys of its chunk and the stat
 nothing overflows, no row depends on a key it must not see, and no epsilon is needed. The query's
 own log scale cancels and is never computed.
 
-**Range.** Features span `_RANGE` nats below their maximum and are lifted by `_LIFT`, so a product
-of two of them stays above the smallest normal float32 and every row with a visible key has a
-positive denominator, at any norm.
+**Range.** Features span `_RANGE` nats below their maximum and are multiplied by `_LIFT`. A product of
+two of them, the quotient by the smallest denominator and its gradient all stay within float32, so
+every row with a visible key has a positive denominator and finite gradients, at any norm. A key
+whose score is more than `_RANGE` nats below the product of the two maxima is held at that floor.
 """
 
+import math
 from typing import Any
 
 from keras import ops
@@ -28,8 +30,10 @@ CHUNK = 128
 WIDE_CHUNK = 256
 """Tokens a step when only the state is built or read."""
 
-_LIFT = 24.0
-_RANGE = 87.0 + _LIFT
+# Products of two features, over the smallest denominator: exp(70), and 1e8 below the largest float32.
+_RANGE = 70.0
+# A power of two, so that lifting rounds nothing.
+_LIFT = 2.0**35
 # Stands for the logarithm of zero: finite, so that differences of two stay numbers.
 _LOG_ZERO = -1e30
 
@@ -198,7 +202,8 @@ def _features(feature_map, x, operands, *, is_query):
     if offset is None:
         return values, None
     top = ops.stop_gradient(ops.max(values, axis=-1, keepdims=True))
-    return ops.exp(ops.maximum(values - top, -_RANGE) + _LIFT), top + offset - _LIFT
+    phi = ops.exp(ops.maximum(values - top, -_RANGE)) * _LIFT
+    return phi, top + offset - math.log(_LIFT)
 
 
 def _key_features(feature_map, key, operands, mask):

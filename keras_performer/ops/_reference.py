@@ -58,7 +58,7 @@ def attend(
         numerator = numerator + ops.matmul(read, ops.expand_dims(state["kv"], 2))
         k_sum = ops.expand_dims(state["k_sum"], (2, -1))
         denominator = denominator + ops.matmul(read, k_sum)
-    elif causal:
+    elif causal and feature_map.causal_key_sum:
         key_sum = feature_map.causal_key_sum * ops.exp(log_query - row_max)
         denominator = denominator + ops.sum(key_sum, axis=-1, keepdims=True)
     seen = denominator > 0

@@ -282,7 +282,8 @@ def _tensorflow_scan(
 
         return (*last, *ys), gradient
 
-    results = run(*carry, *xs, *weights)
+    # A custom gradient takes tensors, not variables.
+    results = run(*(tf.convert_to_tensor(t) for t in (*carry, *xs, *weights)))
     return tuple(results[: sizes[0]]), tuple(results[sizes[0] :])
 
 

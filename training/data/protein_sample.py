@@ -54,10 +54,11 @@ def localisation(protein: Protein) -> str:
 
 
 def _field(protein: Protein, name: str) -> str:
-    fields = dict(field.split("=", 1) for field in protein.description.split())
-    if name not in fields:
-        raise ValueError(
-            f"The header of {protein.name!r} must hold `{name}=...`, as in the shipped sample. "
-            f"Received: {protein.description!r}"
-        )
-    return fields[name]
+    for field in protein.description.split():
+        key, _, value = field.partition("=")
+        if key == name:
+            return value
+    raise ValueError(
+        f"The header of {protein.name!r} must hold `{name}=...`, as in the shipped sample. "
+        f"Received: {protein.description!r}"
+    )

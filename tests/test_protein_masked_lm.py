@@ -1,0 +1,269 @@
+import json
+import re
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+
+from keras_performer.models import (
+    PerformerMaskedLM,
+    PerformerMaskedLMPreprocessor,
+    ProteinTokenizer,
+)
+from training import protein_masked_lm
+from training.data import masked_batches
+from training.data.masked_batches import MaskedBatches, mask_proteins
+from training.protein_masked_lm import compare, main, unigram_log_probabilities
+
+BACKEND = keras.config.backend()
+AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
+SMALL = {
+    "data.sequence_length": 48,
+    "data.heldout_share": 0.3,
+    "model.num_layers": 1,
+    "model.num_heads": 2,
+    "model.hidden_dim": 32,
+    "model.intermediate_dim": 32,
+    "model.num_features": 16,
+    "model.dropout": 0.1,
+    "training.steps": 60,
+    "training.steps_per_epoch": 20,
+    "training.batch_size": 16,
+    "training.learning_rate": 1e-2,
+    "training.warmup_steps": 5,
+    "training.validation_proteins": 8,
+}
+
+
+def write_fasta(path, num_proteins=120):
+    """Proteins of two letters each, so that a protein tells much about its masked residues."""
+    rng = np.random.default_rng(5)
+    lines = []
+    for i in range(num_proteins):
+        letters = rng.choice(list(AMINO_ACIDS), 2, replace=False)
+        sequence = "".join(rng.choice(letters, rng.integers(20, 80)))
+        lines.append(f">P{i} made up\n{sequence}\n")
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+def run(fasta, output, **changes):
+    options = [f"--set={key}={value}" for key, value in {**SMALL, **changes}.items()]
+    return main([f"--fasta={fasta}", f"--output={output}", *options])
+
+
+@pytest.fixture(scope="module")
+def fasta(tmp_path_factory):
+    return write_fasta(tmp_path_factory.mktemp("proteins") / "p.fasta")
+
+
+@pytest.fixture(scope="module")
+def finished(fasta, tmp_path_factory):
+    output = tmp_path_factory.mktemp("runs") / "new" / "run"
+    return run(fasta, output), output
+
+
+def test_the_job_learns_and_writes_what_it_says(finished, fasta):
+    metrics, output = finished
+    assert json.loads((output / "metrics.json").read_text(encoding="utf-8")) == metrics
+    assert metrics["train_proteins"] + metrics["heldout_proteins"] == 120
+    assert metrics["heldout"]["difference"]["standard_errors"] > 5
+    model, unigram = metrics["heldout"]["model"], metrics["heldout"]["unigram"]
+    assert model["cross_entropy"] < unigram["cross_entropy"] - 0.3
+    assert model["accuracy"] > unigram["accuracy"]
+    assert metrics["reload_max_abs_difference"] == 0
+    exports = metrics["export_max_abs_difference"]
+    able = {"tensorflow": {"tf_saved_model", "litert"}, "jax": {"tf_saved_model"}, "torch": set()}
+    assert {name for name, value in exports.items() if value is not None} <= able[BACKEND]
+    if BACKEND == "tensorflow":
+        assert (output / "saved_model").is_dir() and (output / "model.tflite").is_file()
+        assert max(exports.values()) < 1e-4
+    assert not (output / "backup").exists()
+    model = PerformerMaskedLM.from_preset(str(output / "preset"))
+    assert model.preprocessor.sequence_length == SMALL["data.sequence_length"]
+    assert model.preprocessor(["MKTAY"])[0]["token_ids"].shape == (1, 48)
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(finished, fasta, tmp_path, monkeypatch):
+    expected, _ = finished
+    output = tmp_path / "run"
+    get = MaskedBatches.__getitem__
+
+    def fail_in_second_epoch(self, index):
+        if (self.epoch, index) == (1, 7):
+            raise RuntimeError("killed")
+        return get(self, index)
+
+    monkeypatch.setattr(MaskedBatches, "__getitem__", fail_in_second_epoch)
+    with pytest.raises(Exception, match="killed"):
+        run(fasta, output)
+    monkeypatch.undo()
+    assert not (output / "metrics.json").exists()
+
+    with pytest.raises(SystemExit, match="unfinished run with another config"):
+        run(fasta, output, **{"training.learning_rate": 1e-3})
+
+    epochs = []
+    set_epoch = MaskedBatches.__setattr__
+    monkeypatch.setattr(
+        MaskedBatches,
+        "__setattr__",
+        lambda self, name, value: (
+            epochs.append(value) if name == "epoch" else None,
+            set_epoch(self, name, value),
+        )[1],
+    )
+    metrics = run(fasta, output)
+    assert epochs == [0, 1, 2]  # The constructor's, then those that were left.
+    for name in ("cross_entropy", "accuracy"):
+        np.testing.assert_allclose(
+            metrics["heldout"]["model"][name], expected["heldout"]["model"][name], rtol=1e-4
+        )
+
+
+@pytest.mark.parametrize(
+    "content, options, message",
+    [
+        ("name,sequence\nP1,MKTAY\n", [], r"p\.fasta, line 1: this is not a FASTA file"),
+        ("", [], r"p\.fasta: the file is empty"),
+        (">P1\nACGTNACGT\n>P2\nGGGTTT\n", [], "look like DNA"),
+        (">P1\nMKTAY\n>P2\nJJ\n", [], "'P2' is made of J only"),
+        (">P1\nMKTAY\n>P2\nMKTAY\n", [], r"2 records, 1 distinct.*2 or more are needed"),
+        (None, ["--fasta=nothing.fasta"], r"nothing\.fasta: there is no such file"),
+        (None, ["--set=training.batch_size=6000"], r"5494 protein\(s\) are left"),
+        (None, ["--set=training.step=3"], r"no key 'training\.step'.*'training\.steps'"),
+        (None, ["--set=training.steps=many"], r"'training\.steps' must be of type int"),
+        (None, ["--config=nothing.toml"], r"nothing\.toml: there is no such config"),
+        (None, ["--set=model.num_heads=3"], "hidden_dim=128, num_heads=3"),
+        (None, ["--set=data.sequence_length=8"], r"'data\.sequence_length' must be at least 16"),
+    ],
+)
+def test_bad_input_ends_with_one_sentence_before_any_training(
+    tmp_path, monkeypatch, content, options, message
+):
+    monkeypatch.setattr(protein_masked_lm, "fit", lambda *_: pytest.fail("training started"))
+    if content is not None:
+        (tmp_path / "p.fasta").write_text(content, encoding="utf-8")
+        options = [f"--fasta={tmp_path / 'p.fasta'}", *options]
+    with pytest.raises(SystemExit, match=message) as error:
+        main([f"--output={tmp_path / 'run'}", *options])
+    assert re.match("error: [^\n]*$", str(error.value))
+
+
+def test_an_output_that_cannot_be_written_and_a_late_backend(tmp_path, monkeypatch):
+    monkeypatch.setattr(protein_masked_lm, "fit", lambda *_: pytest.fail("training started"))
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(SystemExit, match="output folder cannot be written"):
+        main([f"--output={tmp_path / 'file' / 'run'}"])
+    other = "jax" if BACKEND != "jax" else "torch"
+    monkeypatch.setenv("KERAS_BACKEND", BACKEND)
+    with pytest.raises(SystemExit, match=f"already runs on {BACKEND}"):
+        main([f"--output={tmp_path / 'run'}", f"--backend={other}"])
+
+
+def masked(always_mask):
+    tokenizer = ProteinTokenizer()
+    preprocessor = PerformerMaskedLMPreprocessor(
+        tokenizer, sequence_length=23, mask_selection_rate=0.3
+    )
+    letters = [AMINO_ACIDS, "MJ", "W" * 200, "ACDEFGHIKL" * 7]
+    proteins = [np.asarray(tokenizer.tokenize(text), "int32") for text in letters]
+    rng = np.random.default_rng(0)
+    return tokenizer, proteins, mask_proteins(proteins, preprocessor, rng, always_mask)
+
+
+def test_masks_stand_on_residues_and_labels_restore_the_protein():
+    tokenizer, proteins, (x, y, weights) = masked(always_mask=True)
+    assert x["token_ids"].shape == (4, 23) and y.shape == weights.shape == (4, 6)
+    np.testing.assert_array_equal(weights.sum(1), [6, 1, 6, 6])
+    np.testing.assert_array_equal(x["padding_mask"].sum(1), [22, 4, 23, 23])
+    for row, protein in enumerate(proteins):
+        tokens = x["token_ids"][row].copy()
+        places = x["mask_positions"][row][weights[row] > 0]
+        assert len(set(places.tolist())) == len(places)
+        assert (tokens[places] == tokenizer.mask_token_id).all()
+        assert (tokens == tokenizer.mask_token_id).sum() == len(places)
+        tokens[places] = y[row][weights[row] > 0]
+        length = min(len(protein), 21)
+        assert tokens[0] == tokenizer.start_token_id
+        assert tokens[length + 1] == tokenizer.end_token_id
+        assert (tokens[length + 2 :] == tokenizer.pad_token_id).all()
+        window = np.lib.stride_tricks.sliding_window_view(protein, length)
+        assert (window == tokens[1 : length + 1]).all(1).any()
+    assert tokenizer.token_to_id("J") == tokenizer.unk_token_id
+    assert tokenizer.unk_token_id not in y[weights > 0]
+
+
+def test_training_masks_replace_some_keep_some_and_use_no_special_token():
+    tokenizer = ProteinTokenizer()
+    preprocessor = PerformerMaskedLMPreprocessor(tokenizer, sequence_length=1002)
+    protein = np.asarray(tokenizer.tokenize("W" * 1000), "int32")
+    x, y, weights = mask_proteins([protein] * 20, preprocessor, np.random.default_rng(0))
+    tokens = np.take_along_axis(x["token_ids"], x["mask_positions"], 1)
+    assert weights.all() and (y == protein[0]).all() and y.shape == (20, 150)
+    share = (tokens == tokenizer.mask_token_id).mean()
+    assert abs(share - 0.8) < 5 * (0.8 * 0.2 / tokens.size) ** 0.5
+    random_tokens = tokens[(tokens != tokenizer.mask_token_id) & (tokens != protein[0])]
+    assert not np.isin(random_tokens, tokenizer.special_token_ids).any()
+    expected = 0.1 * 24 / 25
+    share = random_tokens.size / tokens.size
+    assert abs(share - expected) < 5 * (expected * (1 - expected) / tokens.size) ** 0.5
+
+
+def test_a_pass_takes_every_protein_once_in_an_order_of_its_own(monkeypatch):
+    monkeypatch.setattr(masked_batches, "mask_proteins", lambda proteins, *_: proteins)
+    proteins: Any = list(range(7))
+    anything: Any = None
+    batches = MaskedBatches(proteins, anything, batch_size=3, steps_per_epoch=4, seed=11)
+    assert len(batches) == 4
+    walk = []
+    for epoch in range(4):
+        batches.epoch = epoch
+        walk += [protein for index in range(4) for protein in batches[index]]
+    passes = [tuple(walk[i : i + 7]) for i in range(0, 42, 7)]
+    assert all(sorted(order) == list(range(7)) for order in passes)
+    assert len(set(passes)) > 3
+    again = MaskedBatches(proteins, anything, batch_size=3, steps_per_epoch=4, seed=11)
+    again.epoch = 2
+    assert again[1] == walk[27:30]
+
+
+class FixedModel:
+    def __init__(self, logits):
+        self.logits = logits
+
+    def predict_on_batch(self, x):
+        return np.broadcast_to(self.logits, (*x["mask_positions"].shape, 3)).astype("float32")
+
+
+def test_figures_agree_with_a_calculation_by_hand():
+    y = np.array([[1, 2, 0], [1, 0, 0], [2, 2, 1]], "int32")
+    weights = np.array([[1, 1, 0], [1, 0, 0], [1, 1, 1]], "float32")
+    batch = ({"mask_positions": y}, y, weights)
+    with np.errstate(divide="ignore"):
+        baseline = np.log([0, 0.5, 0.5])
+    model: Any = FixedModel(np.log([0.25, 0.25, 0.5]) + 7)
+    result = compare(model, baseline, batch, batch_size=2)
+    log2 = np.log(2)
+    assert result["masked_residues"] == 6
+    assert result["unigram"]["cross_entropy"] == pytest.approx(log2)
+    assert result["unigram"]["accuracy"] == pytest.approx(3 / 6)
+    assert result["model"]["cross_entropy"] == pytest.approx((3 * 2 * log2 + 3 * log2) / 6)
+    assert result["model"]["perplexity"] == pytest.approx(2**1.5)
+    assert result["model"]["accuracy"] == pytest.approx(3 / 6)
+    differences = -log2 * np.array([0.5, 1, 1 / 3])
+    error = differences.std(ddof=1) / 3**0.5
+    assert result["difference"]["mean"] == pytest.approx(differences.mean())
+    assert result["difference"]["standard_error"] == pytest.approx(error)
+    assert result["difference"]["standard_errors"] == pytest.approx(differences.mean() / error)
+
+
+def test_unigram_counts_residues_and_adds_one():
+    tokenizer = ProteinTokenizer()
+    proteins = [np.asarray(tokenizer.tokenize(text), "int32") for text in ("MMK", "MJ")]
+    probabilities = np.exp(unigram_log_probabilities(proteins, tokenizer))
+    assert probabilities.sum() == pytest.approx(1)
+    assert probabilities[tokenizer.token_to_id("M")] == pytest.approx(4 / (4 + 25))
+    assert probabilities[tokenizer.token_to_id("A")] == pytest.approx(1 / (4 + 25))
+    assert not probabilities[list(tokenizer.special_token_ids)].any()
