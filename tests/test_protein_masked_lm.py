@@ -1,3 +1,4 @@
+import io
 import json
 import re
 from typing import Any
@@ -5,6 +6,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+from rich.console import Console
 
 from keras_performer.models import (
     PerformerMaskedLM,
@@ -12,9 +14,21 @@ from keras_performer.models import (
     ProteinTokenizer,
 )
 from training import protein_masked_lm
+from training.config import load_config
 from training.data import masked_batches
 from training.data.masked_batches import MaskedBatches, mask_proteins
-from training.protein_masked_lm import compare, main, unigram_log_probabilities
+from training.protein_masked_lm import (
+    DEFAULT_CONFIG,
+    Config,
+    build_model,
+    compare,
+    fit,
+    main,
+    prepare_output,
+    read_proteins,
+    tokenize,
+    unigram_log_probabilities,
+)
 
 BACKEND = keras.config.backend()
 AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
@@ -26,7 +40,7 @@ SMALL = {
     "model.hidden_dim": 32,
     "model.intermediate_dim": 32,
     "model.num_features": 16,
-    "model.dropout": 0.1,
+    "model.dropout": 0.0,
     "training.steps": 60,
     "training.steps_per_epoch": 20,
     "training.batch_size": 16,
@@ -85,41 +99,61 @@ def test_the_job_learns_and_writes_what_it_says(finished, fasta):
     assert model.preprocessor(["MKTAY"])[0]["token_ids"].shape == (1, 48)
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(finished, fasta, tmp_path, monkeypatch):
-    expected, _ = finished
-    output = tmp_path / "run"
+@pytest.fixture
+def eager(monkeypatch):
+    """Models are not compiled, which takes longer than a few steps."""
+    compile_model = keras.Model.compile
+
+    def compile_eagerly(self, *args, **kwargs):
+        compile_model(self, *args, **kwargs, run_eagerly=True)
+
+    monkeypatch.setattr(keras.Model, "compile", compile_eagerly)
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(fasta, tmp_path, monkeypatch, eager):
+    steps = {**SMALL, "training.steps": 4, "training.steps_per_epoch": 2}
+    steps |= {"training.warmup_steps": 1, "training.batch_size": 4}
+    overrides = [f"{key}={value}" for key, value in steps.items()]
+    config = load_config(Config, DEFAULT_CONFIG, overrides)
+    train, heldout, _ = read_proteins(fasta, config)
+
+    def train_model(output):
+        model, preprocessor = build_model(config, None)
+        ids = [tokenize(proteins, preprocessor.tokenizer) for proteins in (train, heldout)]
+        batch = mask_proteins(ids[1], preprocessor, np.random.default_rng(0))
+        console = Console(file=io.StringIO())
+        return fit(model, preprocessor, config, ids[0], batch, output, console).get_weights()
+
+    epochs = []
     get = MaskedBatches.__getitem__
 
-    def fail_in_second_epoch(self, index):
-        if (self.epoch, index) == (1, 7):
+    def get_or_die(self, index):
+        epochs.append(self.epoch)
+        if die and self.epoch == 1:
             raise RuntimeError("killed")
         return get(self, index)
 
-    monkeypatch.setattr(MaskedBatches, "__getitem__", fail_in_second_epoch)
+    monkeypatch.setattr(MaskedBatches, "__getitem__", get_or_die)
+    die = True
+    output = prepare_output(tmp_path / "run", config, [train, heldout])
     with pytest.raises(Exception, match="killed"):
-        run(fasta, output)
-    monkeypatch.undo()
-    assert not (output / "metrics.json").exists()
+        train_model(output)
+    other = load_config(Config, DEFAULT_CONFIG, [*overrides, "training.learning_rate=1e-3"])
+    with pytest.raises(ValueError, match="unfinished run with another config or other proteins"):
+        prepare_output(output, other, [train, heldout])
+    with pytest.raises(ValueError, match="unfinished run with another config or other proteins"):
+        prepare_output(output, config, [heldout, train])
 
-    with pytest.raises(SystemExit, match="unfinished run with another config"):
-        run(fasta, output, **{"training.learning_rate": 1e-3})
-
-    epochs = []
-    set_epoch = MaskedBatches.__setattr__
-    monkeypatch.setattr(
-        MaskedBatches,
-        "__setattr__",
-        lambda self, name, value: (
-            epochs.append(value) if name == "epoch" else None,
-            set_epoch(self, name, value),
-        )[1],
-    )
-    metrics = run(fasta, output)
-    assert epochs == [0, 1, 2]  # The constructor's, then those that were left.
-    for name in ("cross_entropy", "accuracy"):
-        np.testing.assert_allclose(
-            metrics["heldout"]["model"][name], expected["heldout"]["model"][name], rtol=1e-4
-        )
+    die = False
+    assert prepare_output(output, config, [train, heldout]) == output
+    epochs.clear()
+    resumed = train_model(output)
+    assert epochs.count(1) == 2
+    whole = train_model(prepare_output(tmp_path / "whole", config, [train, heldout]))
+    untrained = build_model(config, None)[0].get_weights()
+    assert max(np.abs(a - b).max() for a, b in zip(whole, untrained, strict=True)) > 1e-3
+    for a, b in zip(resumed, whole, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

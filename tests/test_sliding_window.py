@@ -163,22 +163,26 @@ def test_gradients_equal_those_of_the_whole_matrix(causal):
     }
     probe = np.random.default_rng(3).standard_normal((BATCH, 83, HEADS, VALUE_DIM))
     probe = probe.astype("float32")
-    results = [
-        gradients(
-            lambda *x, f=f: ops.sum(ops.multiply(f(*x, 11, **options), probe)), query, key, value
-        )
-        for f in (sliding_window_attention, differentiable_dense)
-    ]
-    assert_gradients_close(results[0][1], results[1][1])
+
+    def grads_of(function):
+        def loss(*x):
+            return ops.sum(ops.multiply(function(*x, 11, **options), probe))
+
+        return gradients(loss, query, key, value)[1]
+
+    expected = grads_of(differentiable_dense)
     masked = ~options["key_mask"]
-    for grad in results[0][1][1:]:
+    key[masked], value[masked] = np.nan, np.nan
+    actual = grads_of(sliding_window_attention)
+    assert_gradients_close(actual, expected)
+    for grad in actual[1:]:
         assert (grad[masked] == 0).all()
-        assert np.abs(grad).max() > 0.1
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_16_bit_types(dtype):
-    query, key, value = (ops.cast(x, dtype) for x in make_qkv(131))
+    # Scores of about 25, which 16 bits would round by more than the tolerance.
+    query, key, value = (ops.cast(x, dtype) for x in make_qkv(131, scale=5.0))
     output = sliding_window_attention(query, key, value, 23, causal=True)
     assert output.dtype == query.dtype
     exact = dense(*(to_numpy(ops.cast(x, "float32")) for x in (query, key, value)), 23, causal=True)

@@ -170,11 +170,12 @@ class PerformerAttention(keras.layers.Layer):
         self._kernel_constraint = constraints.get(kernel_constraint)
         self._bias_constraint = constraints.get(bias_constraint)
         self._given_num_key_value_heads = num_key_value_heads
+        # Kept as a config: an instance would become a sublayer, and its weights this layer's.
+        if isinstance(feature_map, feature_maps.FeatureMap):
+            feature_map = keras.saving.serialize_keras_object(feature_map)
         self._given_feature_map = feature_map
-        new_map = feature_maps.get(
-            feature_map, num_features=num_features, seed=seed, dtype=self.dtype_policy
-        )
-        self._feature_map = None if sliding_window else new_map
+        self._make_feature_map()  # refuses here what build would refuse
+        self._feature_map = None
         self._seed_generator = keras.random.SeedGenerator(seed) if dropout > 0 else None
 
     @classmethod
@@ -269,7 +270,9 @@ class PerformerAttention(keras.layers.Layer):
             self._query_norm.build((None, None, heads, self.key_dim))
             self._key_norm = keras.layers.RMSNormalization(name="key_norm", **norm)
             self._key_norm.build((None, None, groups, self.key_dim))
-        if self._feature_map is not None:
+        # The last sublayer, so that the weights before it are those of `MultiHeadAttention`.
+        if self.sliding_window is None:
+            self._feature_map = self._make_feature_map()
             self._feature_map.build((None, None, None, self.key_dim))
         self.built = True
 
@@ -362,9 +365,6 @@ class PerformerAttention(keras.layers.Layer):
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor."""
-        feature_map = self._given_feature_map
-        if isinstance(feature_map, feature_maps.FeatureMap):
-            feature_map = keras.saving.serialize_keras_object(feature_map)
         return {
             **super().get_config(),
             "num_heads": self.num_heads,
@@ -384,7 +384,7 @@ class PerformerAttention(keras.layers.Layer):
             "bias_constraint": constraints.serialize(self._bias_constraint),
             "use_gate": self.use_gate,
             "num_features": self.num_features,
-            "feature_map": feature_map,
+            "feature_map": self._given_feature_map,
             "num_key_value_heads": self._given_num_key_value_heads,
             "qk_norm": self.qk_norm,
             "rotary_max_wavelength": self.rotary_max_wavelength,
@@ -413,7 +413,7 @@ class PerformerAttention(keras.layers.Layer):
 
     @property
     def feature_map(self) -> feature_maps.FeatureMap | None:
-        """The layer's own feature map; None with a sliding window."""
+        """The layer's own feature map; None before `build` and with a sliding window."""
         return self._feature_map
 
     def _axis(self, rank: int) -> int:
@@ -462,6 +462,16 @@ class PerformerAttention(keras.layers.Layer):
         # Else Keras warns that it drops the mask of its input, which `call` has read already.
         dense.supports_masking = True
         return dense
+
+    def _make_feature_map(self) -> feature_maps.FeatureMap:
+        feature_map = feature_maps.get(
+            self._given_feature_map,
+            num_features=self.num_features,
+            seed=self.seed,
+            dtype=self.dtype_policy,
+        )
+        feature_map.name = "feature_map"  # part of the paths of weights
+        return feature_map
 
     def _projections(self) -> list[keras.layers.EinsumDense]:
         layers = [self._query_dense, self._key_dense]

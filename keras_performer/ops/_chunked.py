@@ -11,10 +11,10 @@ largest log scale that query i may see, among the keys of its chunk and the stat
 nothing overflows, no row depends on a key it must not see, and no epsilon is needed. The query's
 own log scale cancels and is never computed.
 
-**Range.** Features span `_RANGE` nats below their maximum and are multiplied by `_LIFT`. A product of
-two of them, the quotient by the smallest denominator and its gradient all stay within float32, so
-every row with a visible key has a positive denominator and finite gradients, at any norm. A key
-whose score is more than `_RANGE` nats below the product of the two maxima is held at that floor.
+**Range.** Features span `_RANGE` nats below their maximum and are multiplied by `_LIFT`. A product
+of two of them, the quotient by the smallest denominator and its gradient all stay within float32,
+so every row with a visible key has a positive denominator and finite gradients, at any norm. A
+feature that is smaller still is held at that floor.
 """
 
 import math
@@ -30,7 +30,8 @@ CHUNK = 128
 WIDE_CHUNK = 256
 """Tokens a step when only the state is built or read."""
 
-# Products of two features, over the smallest denominator: exp(70), and 1e8 below the largest float32.
+# A product of two features over the smallest denominator is then exp(70) at most, and a sum of 1e7
+# of them a float32.
 _RANGE = 70.0
 # A power of two, so that lifting rounds nothing.
 _LIFT = 2.0**35

@@ -1,0 +1,50 @@
+"""Run the tests on TensorFlow, JAX and PyTorch, one process for each: `python tests/run.py`.
+
+Further arguments go to pytest, for example `python tests/run.py -m slow`. Tests marked slow are
+left out unless a marker expression is given.
+"""
+
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+BACKENDS = ("tensorflow", "jax", "torch")
+ROOT = Path(__file__).resolve().parent.parent
+PRINTING = threading.Lock()
+
+
+def run(backend: str, arguments: list[str]) -> int:
+    """Run pytest under one backend, printing its lines as they come."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pytest", "--color=no", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "2"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        with PRINTING:
+            print(f"{backend:>10} | {line}", end="", flush=True)
+    return process.wait()
+
+
+def main() -> int:
+    """Run all backends, as many at a time as there are pairs of cores, at least two."""
+    arguments = sys.argv[1:]
+    if "-m" not in arguments:
+        arguments += ["-m", "not slow"]
+    workers = max(2, (os.cpu_count() or 2) // 2)
+    with ThreadPoolExecutor(min(workers, len(BACKENDS))) as pool:
+        codes = list(pool.map(lambda backend: run(backend, arguments), BACKENDS))
+    for backend, code in zip(BACKENDS, codes, strict=True):
+        print(f"{backend}: {'passed' if code == 0 else f'failed, pytest exit code {code}'}")
+    return max(codes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

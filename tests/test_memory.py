@@ -1,0 +1,86 @@
+"""Peak memory of a causal training step, measured in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("resource", reason="peak memory is read with a Unix call")
+
+SCRIPT = r"""
+import json, resource, sys
+import numpy as np
+import keras
+from keras import ops
+from keras_performer.layers import PerformerAttention
+
+layer = PerformerAttention(num_heads=8, key_dim=64, num_features=256, seed=1)
+layer.build((None, None, 512), (None, None, 512))
+
+def loss(x):
+    return ops.sum(ops.square(layer(x, x, use_causal_mask=True)))
+
+def step(x):
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        @tf.function
+        def run(x):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                value = loss(x)
+            return tape.gradient(value, [x, *(v.value for v in layer.trainable_variables)])
+
+        return run(tf.constant(x))
+    if backend == "jax":
+        import jax
+
+        def run(weights, x):
+            return ops.sum(ops.square(layer.stateless_call(
+                weights, [v.value for v in layer.non_trainable_variables], x, x,
+                use_causal_mask=True)[0]))
+
+        weights = [v.value for v in layer.trainable_variables]
+        return jax.block_until_ready(jax.jit(jax.grad(run, argnums=(0, 1)))(weights, x))
+    import torch
+
+    x = torch.tensor(x, requires_grad=True)
+    loss(x).backward()
+    return x.grad
+
+peaks = []
+for length in map(int, sys.argv[1:]):
+    step(np.random.default_rng(0).standard_normal((1, length, 512)).astype("float32"))
+    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+print("PEAKS", json.dumps(peaks))
+"""
+
+
+def peaks_in_gib(*lengths):
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, *map(str, lengths)],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    line = next(line for line in done.stdout.splitlines() if line.startswith("PEAKS"))
+    return json.loads(line.removeprefix("PEAKS"))
+
+
+def test_a_causal_step_of_16384_tokens_adds_less_than_one_gib():
+    start, long = peaks_in_gib(512, 16384)
+    assert long - start < 1.0, f"{start:.2f} GiB at 512 tokens, {long:.2f} GiB at 16,384"
+
+
+@pytest.mark.slow
+def test_memory_grows_linearly_to_65536_tokens():
+    start, quarter, full = peaks_in_gib(512, 16384, 65536)
+    growth = (full - start) / (quarter - start)
+    assert growth < 4.6, f"memory grows {growth:.2f} times from 16,384 to 65,536 tokens"
