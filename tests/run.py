@@ -13,6 +13,13 @@ from pathlib import Path
 
 BACKENDS = ("tensorflow", "jax", "torch")
 ROOT = Path(__file__).resolve().parent.parent
+# The processes share the cores, and tests are small: threads would only wait for each other.
+ONE_THREAD = {
+    "OMP_NUM_THREADS": "1",
+    "TF_NUM_INTRAOP_THREADS": "1",
+    "TF_NUM_INTEROP_THREADS": "1",
+    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
+}
 PRINTING = threading.Lock()
 
 
@@ -21,7 +28,7 @@ def run(backend: str, arguments: list[str]) -> int:
     process = subprocess.Popen(
         [sys.executable, "-m", "pytest", "--color=no", *arguments],
         cwd=ROOT,
-        env={**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "2"},
+        env={**os.environ, **ONE_THREAD, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "2"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -40,7 +40,7 @@ NON_DEFAULT = {
     "attention_dropout": 0.125,
     "layer_norm_epsilon": 1e-4,
     "use_bias": False,
-    "kernel_initializer": "he_normal",
+    "kernel_initializer": "zeros",
     "seed": 3,
 }
 
@@ -106,12 +106,14 @@ def test_config_round_trip_keeps_every_argument():
     assert arguments == set(NON_DEFAULT)
     backbone = PerformerEncoderBackbone(**NON_DEFAULT, name="body")
     config = json.loads(json.dumps(backbone.get_config()))
-    assert config["kernel_initializer"]["class_name"] == "HeNormal"
+    assert config["kernel_initializer"]["class_name"] == "Zeros"
     for name in arguments - {"kernel_initializer"}:
         assert config[name] == NON_DEFAULT[name], name
     twin = PerformerEncoderBackbone.from_config(config)
     assert json.loads(json.dumps(twin.get_config())) == config
     assert [w.shape for w in twin.weights] == [w.shape for w in backbone.weights]
+    rng = np.random.default_rng(0)
+    backbone.set_weights([rng.normal(size=w.shape) for w in backbone.weights])
     twin.set_weights(backbone.get_weights())
     x = token_inputs()
     np.testing.assert_array_equal(to_numpy(twin(x)), to_numpy(backbone(x)))
@@ -245,41 +247,35 @@ def test_masked_lm_predicts_at_the_masked_positions_with_tied_weights():
     assert [w.path for w in tables] == [task.backbone.token_embedding.embeddings.path]
 
 
-def test_masked_lm_trains_on_strings_and_every_weight_moves():
+def test_masked_lm_learns_from_strings_and_every_weight_moves():
+    # Every sequence repeats one letter: a masked one can be told from the others only.
     keras.utils.set_random_seed(0)
-    task = make_task(gated=True, dropout=0.1)
+    texts = [letter * 17 for letter in np.random.default_rng(0).choice(list("ACDEF"), size=64)]
+    task = make_task(gated=True)
     # XLA where the backend has it; PyTorch's compiler takes a minute.
-    task.compile(optimizer=keras.optimizers.Adam(1e-2), jit_compile=BACKEND != "torch")
+    task.compile(
+        optimizer=keras.optimizers.Adam(1e-2),
+        weighted_metrics=["accuracy"],
+        jit_compile=BACKEND != "torch",
+    )
     before = [to_numpy(w) for w in task.trainable_weights]
-    history = task.fit(TEXTS, batch_size=2, epochs=1, verbose=0)
-    assert np.isfinite(history.history["loss"][0])
+    history = task.fit(texts, batch_size=32, epochs=8, verbose=0).history
+    # The most frequent letter is 28 % of them.
+    assert max(history["accuracy"]) > 0.5
+    assert np.isfinite(history["loss"]).all()
     for weight, old in zip(task.trainable_weights, before, strict=True):
         assert np.abs(to_numpy(weight) - old).max() > 0, weight.path
+
+
+def test_masked_lm_evaluates_and_predicts_strings():
+    task = make_task()
+    task.compile(jit_compile=False)
     evaluated = task.evaluate(TEXTS, batch_size=2, verbose=0, return_dict=True)
     assert set(evaluated) == {"loss", "sparse_categorical_accuracy"}
+    assert np.isfinite(evaluated["loss"])
     predicted = task.predict(TEXTS, batch_size=2, verbose=0)
     assert predicted.shape == (4, 10, 30)
     assert np.isfinite(predicted).all()
-
-
-def test_masked_lm_learns_to_read_other_tokens():
-    # Every sequence repeats one letter: the masked one can be told from the others only.
-    keras.utils.set_random_seed(0)
-    task = PerformerMaskedLM(make_backbone())
-    task.compile(
-        optimizer=keras.optimizers.Adam(1e-2), weighted_metrics=["accuracy"], jit_compile=False
-    )
-    letters = np.random.default_rng(0).integers(5, 10, size=(64, 1)).astype("int32")
-    token_ids = np.tile(letters, (1, 11))
-    token_ids[:, 4] = 3
-    x = {
-        "token_ids": token_ids,
-        "padding_mask": np.ones_like(token_ids),
-        "mask_positions": np.full_like(letters, 4),
-    }
-    history = task.fit(x, letters, batch_size=32, epochs=8, verbose=0)
-    # The most frequent letter is 28 % of them.
-    assert max(history.history["accuracy"]) > 0.5
 
 
 def test_masked_lm_takes_datasets_of_tensorflow():
@@ -288,7 +284,6 @@ def test_masked_lm_takes_datasets_of_tensorflow():
     task.compile(jit_compile=False)
     dataset = tf.data.Dataset.from_tensor_slices(TEXTS).batch(2)
     assert np.isfinite(task.evaluate(dataset, verbose=0)[0])
-    assert task.predict(dataset, verbose=0).shape == (4, 10, 30)
     x, y, sample_weight = next(iter(dataset.map(task.preprocessor)))
     assert x["token_ids"].shape == x["padding_mask"].shape == (2, 19)
     assert x["mask_positions"].shape == y.shape == sample_weight.shape == (2, 10)
@@ -298,7 +293,7 @@ def test_masked_lm_takes_datasets_of_tensorflow():
     )
 
 
-def test_saved_task_loads_bit_equal_and_goes_on_training(tmp_path):
+def test_saved_task_loads_bit_equal_with_its_optimizer(tmp_path):
     task = make_task()
     x = masked_inputs()
     y = np.array([[5, 6, 7], [8, 9, 10]], "int32")
@@ -311,9 +306,8 @@ def test_saved_task_loads_bit_equal_and_goes_on_training(tmp_path):
     np.testing.assert_array_equal(to_numpy(loaded(x)), to_numpy(task(x)))
     assert int(to_numpy(loaded.optimizer.iterations)) == 1
     assert float(to_numpy(loaded.optimizer.learning_rate)) == pytest.approx(1e-2)
-    for model in (task, loaded):
-        model.fit(x, y, batch_size=2, verbose=0)
-    np.testing.assert_allclose(to_numpy(loaded(x)), to_numpy(task(x)), rtol=1e-5, atol=1e-6)
+    for new, old in zip(loaded.optimizer.variables, task.optimizer.variables, strict=True):
+        np.testing.assert_array_equal(to_numpy(new), to_numpy(old), err_msg=old.path)
 
 
 def test_saved_task_keeps_its_preprocessor(tmp_path):

@@ -101,11 +101,11 @@ def test_the_job_learns_and_writes_what_it_says(finished, fasta):
 
 @pytest.fixture
 def eager(monkeypatch):
-    """Models are not compiled, which takes longer than a few steps."""
+    """TensorFlow takes longer to compile than to run a few steps as they are; JAX does not."""
     compile_model = keras.Model.compile
 
     def compile_eagerly(self, *args, **kwargs):
-        compile_model(self, *args, **kwargs, run_eagerly=True)
+        compile_model(self, *args, **kwargs, run_eagerly=BACKEND == "tensorflow")
 
     monkeypatch.setattr(keras.Model, "compile", compile_eagerly)
 
@@ -124,11 +124,11 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(fasta, tmp_path, monkey
         console = Console(file=io.StringIO())
         return fit(model, preprocessor, config, ids[0], batch, output, console).get_weights()
 
-    epochs = []
+    walk = []
     get = MaskedBatches.__getitem__
 
     def get_or_die(self, index):
-        epochs.append(self.epoch)
+        walk.append((self.epoch, index))
         if die and self.epoch == 1:
             raise RuntimeError("killed")
         return get(self, index)
@@ -146,9 +146,10 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(fasta, tmp_path, monkey
 
     die = False
     assert prepare_output(output, config, [train, heldout]) == output
-    epochs.clear()
+    walk.clear()
     resumed = train_model(output)
-    assert epochs.count(1) == 2
+    # The first epoch is only looked at for the shapes of its batches.
+    assert [step for step in walk if step[0] > 0] == [(1, 0), (1, 1)]
     whole = train_model(prepare_output(tmp_path / "whole", config, [train, heldout]))
     untrained = build_model(config, None)[0].get_weights()
     assert max(np.abs(a - b).max() for a, b in zip(whole, untrained, strict=True)) > 1e-3

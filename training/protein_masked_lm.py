@@ -439,6 +439,7 @@ def fit(
         callbacks.append(keras.callbacks.TensorBoard(log_dir, write_graph=False))
     trainer.fit(
         batches,
+        shuffle=False,  # The walk is shuffled; Keras would shuffle its steps, and not repeatably.
         epochs=training.steps // training.steps_per_epoch,
         validation_data=slice_batch(heldout_batch, 0, training.validation_proteins),
         validation_batch_size=training.batch_size,

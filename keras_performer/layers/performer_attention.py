@@ -294,6 +294,7 @@ class PerformerAttention(keras.layers.Layer):
         """Attend from query to value; see the class."""
         del query_mask  # it concerns the output's mask alone, which compute_mask passes on
         key = value if key is None else key
+        same_tokens = query is value and query is key
         gate = self._gate_dense(query) if self.use_gate else None
         rank, axis = len(query.shape), self._axis(len(query.shape))
         outer_shape = None
@@ -305,11 +306,11 @@ class PerformerAttention(keras.layers.Layer):
             moved = [_batch_outer_axes(x, axis) for x in (query, key, value)]
             outer_shape = moved[0][1]
             query, key, value = (x for x, _ in moved)
-        mask = self._merge_key_masks(key, [value_mask, key_mask], attention_mask, rank, outer_shape)
+        mask = self._merge_key_masks(key, [value_mask, key_mask], attention_mask, rank)
         if self.rotary_max_wavelength is not None:
             query, key = _rotate(query, key, mask, positions, self.rotary_max_wavelength)
         dropped = self._drop_keys(key, mask, training)
-        if use_causal_mask and self.sliding_window is None:
+        if use_causal_mask and self.sliding_window is None and not same_tokens:
             key, value, dropped = _align_lengths(query, key, value, dropped)
         options = {"causal": use_causal_mask, "key_mask": dropped, "segment_ids": segment_ids}
         if self.sliding_window is not None:
@@ -349,10 +350,19 @@ class PerformerAttention(keras.layers.Layer):
         query: Any,
         value: Any,
         key: Any = None,
+        query_mask: Any = None,
+        value_mask: Any = None,
+        key_mask: Any = None,
+        attention_mask: Any = None,
         return_attention_scores: bool = False,
-        **_: Any,
+        training: bool | None = None,
+        use_causal_mask: bool = False,
+        segment_ids: Any = None,
+        positions: Any = None,
     ) -> Any:
         """The symbolic output, without tracing the computation."""
+        del key, query_mask, value_mask, key_mask, attention_mask
+        del training, use_causal_mask, segment_ids, positions
         output = keras.KerasTensor(
             self.compute_output_shape(query.shape, value.shape), dtype=self.compute_dtype
         )
@@ -479,12 +489,12 @@ class PerformerAttention(keras.layers.Layer):
         return [*layers, self._value_dense, self._output_dense]
 
     def _merge_key_masks(
-        self, key: Any, key_masks: list[Any], attention_mask: Any, rank: int, outer_shape: Any
+        self, key: Any, key_masks: list[Any], attention_mask: Any, rank: int
     ) -> Any:
         """All masks as one of keys, (B, S) or (B, K, S), or None."""
         masks = [ops.cast(m, "bool") for m in key_masks if m is not None]
-        if rank > 3 and masks:
-            masks = [ops.reshape(m, (ops.shape(key)[0], ops.shape(key)[1])) for m in masks]
+        if rank > 3:
+            masks = [self._batch_key_mask(m, rank) for m in masks]
         if attention_mask is not None:
             if rank > 3:
                 raise ValueError(
@@ -504,6 +514,17 @@ class PerformerAttention(keras.layers.Layer):
         # A mask may be shared by the rows of the batch.
         shape = ops.shape(merged)
         return ops.broadcast_to(merged, (ops.shape(key)[0], *shape[1:]))
+
+    def _batch_key_mask(self, mask: Any, rank: int) -> Any:
+        """A mask of the tokens of an input with several axes, (B, ..., S, ...), as (B', S)."""
+        if len(mask.shape) != rank - 1:
+            raise ValueError(
+                f"For inputs of {rank} axes value_mask and key_mask must have the {rank - 1} axes "
+                f"before the features. Received: a mask of shape {tuple(mask.shape)}"
+            )
+        axis = self._axis(rank)
+        mask = ops.moveaxis(mask, axis, -1)
+        return ops.reshape(mask, (-1, ops.shape(mask)[-1]))
 
     def _as_key_mask(self, mask: Any, key: Any) -> Any:
         shape = tuple(mask.shape)
@@ -590,17 +611,21 @@ def _unbatch_outer_axes(x: Any, outer_shape: tuple[Any, ...], axis: int) -> Any:
 
 def _align_lengths(query: Any, key: Any, value: Any, mask: Any) -> tuple[Any, Any, Any]:
     """Give keys the length of queries: later keys are never seen, missing ones are masked."""
-    length, key_length = query.shape[1], key.shape[1]
-    if length is None or key_length is None or length == key_length:
+    length, key_length = ops.shape(query)[1], ops.shape(key)[1]
+    if not (isinstance(length, int) and isinstance(key_length, int)):
+        missing = ops.maximum(length - key_length, 0)
+    elif length == key_length:
         return key, value, mask
-    if key_length > length:
-        mask = None if mask is None else mask[..., :length]
-        return key[:, :length], value[:, :length], mask
+    else:
+        missing = max(length - key_length, 0)
     if mask is None:
         mask = ops.ones((ops.shape(key)[0], key_length), "bool")
-    missing = [(0, 0)] * (len(mask.shape) - 1) + [(0, length - key_length)]
-    mask = ops.cast(ops.pad(ops.cast(mask, "int32"), missing), "bool")
-    key, value = (
-        ops.pad(x, [(0, 0), (0, length - key_length), (0, 0), (0, 0)]) for x in (key, value)
-    )
-    return key, value, mask
+
+    def align(x: Any, axis: int) -> Any:
+        shape = [*ops.shape(x)]
+        shape[axis] = missing
+        dtype = keras.backend.standardize_dtype(x.dtype)
+        x = ops.concatenate([x, ops.zeros(shape, dtype)], axis=axis)
+        return x[(slice(None),) * axis + (slice(None, length),)]
+
+    return align(key, 1), align(value, 1), align(mask, len(mask.shape) - 1)
