@@ -115,22 +115,21 @@ def _check_target(target: Path, format: str) -> None:
 
 def _load(preset: str) -> keras.Model:
     """Load the task in a preset, or the backbone where there is no task."""
-    import keras_hub
-
     import keras_performer.models  # noqa: F401 - registers the classes that a preset names
+    from keras_performer.models._load_preset import check_files
     from keras_performer.presets import preset_path
 
     folder = Path(preset) if os.path.isdir(preset) else preset_path(preset)
-    if not (folder / "task.json").is_file():
-        return keras_hub.models.Backbone.from_preset(str(folder))
-    name = json.loads((folder / "task.json").read_text(encoding="utf-8"))["registered_name"]
-    task_class = keras.saving.get_registered_object(name)
-    if task_class is None:
+    check_files(folder, wants_weights=True, is_task=True)
+    file = folder / ("task.json" if (folder / "task.json").is_file() else "config.json")
+    name = json.loads(file.read_text(encoding="utf-8"))["registered_name"]
+    model_class = keras.saving.get_registered_object(name)
+    if model_class is None:
         raise ValueError(
-            f"The preset {str(folder)!r} holds a task of class {name!r}, which is not known here. "
+            f"The preset {str(folder)!r} holds a model of class {name!r}, which is not known here. "
             "Import the package that defines it, load the model, and pass the model."
         )
-    return task_class.from_preset(str(folder))
+    return model_class.from_preset(str(folder))
 
 
 def _check_model(model: Any, format: str) -> None:

@@ -169,12 +169,17 @@ def test_what_cannot_be_exported_is_explained(tmp_path):
         def call(self, inputs):
             return inputs
 
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "config.json").write_text("{")
+    (damaged / "model.weights.h5").write_text("")
     x = keras.Input((3,))
     cases = [
         (keras.Sequential([keras.layers.Dense(2)]), ValueError, "not built"),
         (keras.Model(x, [x + 1, x + 2]), ValueError, "2 outputs"),
         (keras.layers.Dense(2), TypeError, "of type Dense"),
         ("no-such-preset", ValueError, "name='no-such-preset'"),
+        (damaged, ValueError, r"config\.json' is not valid JSON"),
     ]
     subclassed = Subclassed()
     subclassed(np.ones((1, 3)))
@@ -182,7 +187,7 @@ def test_what_cannot_be_exported_is_explained(tmp_path):
     for model, error, message in cases:
         with pytest.raises(error, match=message):
             keras_performer.export(model, tmp_path / "model")
-        assert os.listdir(tmp_path) == []
+        assert os.listdir(tmp_path) == ["damaged"]
 
 
 def test_unknown_format_is_named(task, tmp_path):

@@ -181,6 +181,7 @@ def test_weights_of_another_architecture_are_refused(copy):
 def test_weights_are_needed_only_where_they_are_loaded(copy):
     (copy / "model.weights.h5").unlink()
     PerformerEncoderBackbone.from_preset(copy, load_weights=False)
+    PerformerEncoderBackbone.from_preset(copy, False)
     ProteinTokenizer.from_preset(copy)
 
 
@@ -267,5 +268,7 @@ def test_unknown_names_of_the_package_are_attribute_errors():
 
 
 def test_version_is_that_of_the_project():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    project = tomllib.loads(
+        (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    )["project"]
     assert keras_performer.__version__ == project["version"]

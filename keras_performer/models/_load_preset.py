@@ -37,8 +37,9 @@ def load_by_name(cls: _Class) -> _Class:
         if "://" in preset:
             return load(cls, preset, *args, **kwargs)
         folder = Path(preset) if os.path.isdir(preset) else preset_path(preset)
-        wants_weights = issubclass(cls, keras.Model) and kwargs.get("load_weights", True)
-        _check_files(folder, wants_weights, issubclass(cls, keras_hub.models.Task))
+        load_weights = args[0] if args else kwargs.get("load_weights", True)
+        wants_weights = issubclass(cls, keras.Model) and load_weights
+        check_files(folder, wants_weights, issubclass(cls, keras_hub.models.Task))
         try:
             return load(cls, str(folder), *args, **kwargs)
         except FileNotFoundError as error:
@@ -52,8 +53,16 @@ def load_by_name(cls: _Class) -> _Class:
     return cls
 
 
-def _check_files(folder: Path, wants_weights: bool, is_task: bool) -> None:
-    """Raise ValueError unless the needed files exist and every JSON file can be parsed."""
+def check_files(folder: Path, wants_weights: bool, is_task: bool) -> None:
+    """Raise ValueError unless the needed files exist and every JSON file can be parsed.
+
+    **Args**
+        folder: A local preset.
+        wants_weights: Whether weights are to be loaded.
+        is_task: Whether a task is wanted, and not its backbone alone.
+
+    **Raises** ValueError; the message names the file.
+    """
     needed: list[tuple[str, ...]] = [("config.json",)]
     if wants_weights:
         needed.append(("model.weights.h5", "model.weights.json"))
