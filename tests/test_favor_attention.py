@@ -237,7 +237,8 @@ def test_gradients_by_feature_weights_and_state_equal_the_reference(
     arrays = (query, key, value, projection, kv, k_sum)
     expected_value, expected = gradients(loss("reference"), *arrays)
     actual_value, actual = gradients(loss(implementation), *arrays)
-    np.testing.assert_allclose(actual_value, expected_value, rtol=1e-5)
+    # The value is a sum of thousands of terms of order one that nearly cancel.
+    np.testing.assert_allclose(actual_value, expected_value, rtol=1e-5, atol=1e-4)
     for a, e in zip(actual, expected, strict=True):
         assert np.abs(e).max() > 1e-3
         np.testing.assert_allclose(a, e, rtol=2e-4, atol=2e-5 * np.abs(e).max())

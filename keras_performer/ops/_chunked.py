@@ -17,7 +17,6 @@ so every row with a visible key has a positive denominator and finite gradients,
 feature that is smaller still is held at that floor.
 """
 
-import math
 from typing import Any
 
 from keras import ops
@@ -109,7 +108,7 @@ def _bidirectional(query, key, value, feature_map, operands, key_mask, state):
         (carry[0], *operands),
         output_shapes=[(*ops.shape(queries)[1:-1], value.shape[-1])],
     )
-    return _join_chunks(output, query, length), _state(carry)
+    return _join_chunks(output, query, length), _state(carry, feature_map)
 
 
 def _causal(query, key, value, feature_map, operands, key_mask, runs, state):
@@ -144,7 +143,7 @@ def _causal(query, key, value, feature_map, operands, key_mask, runs, state):
         operands,
         output_shapes=[(*ops.shape(queries)[1:-1], value.shape[-1])],
     )
-    return _join_chunks(output, query, length), _state(carry)
+    return _join_chunks(output, query, length), _state(carry, feature_map)
 
 
 def _packed(query, key, value, feature_map, operands, key_mask, runs):
@@ -198,13 +197,17 @@ def _packed(query, key, value, feature_map, operands, key_mask, runs):
 
 
 def _features(feature_map, x, operands, *, is_query):
-    """Features of tokens (..., L, H) and their log scale (..., L, 1), or None for plain ones."""
+    """Features of tokens (..., L, H) and their log scale (..., L, 1), or None for plain ones.
+
+    Features with a scale are `_LIFT` times as large as that scale says. Taking the logarithm of the
+    factor off the scale would round it, and the factor cancels in every quotient.
+    """
     values, offset = feature_map.features(x, operands, is_query=is_query)
     if offset is None:
         return values, None
     top = ops.stop_gradient(ops.max(values, axis=-1, keepdims=True))
     phi = ops.exp(ops.maximum(values - top, -_RANGE)) * _LIFT
-    return phi, top + offset - math.log(_LIFT)
+    return phi, top + offset
 
 
 def _key_features(feature_map, key, operands, mask):
@@ -279,7 +282,7 @@ def _initial_carry(state, key, value, feature_map, key_sum=0.0):
     """The sums with their column of key sums (B, K, M, V+1), and their log scale (B, K, 1, 1)."""
     if state is not None:
         scale = ops.max(state["log_max"], axis=-1, keepdims=True)
-        factor = ops.exp(state["log_max"] - scale)
+        factor = ops.exp(state["log_max"] - scale) * _lift(feature_map)
         sums = ops.concatenate(
             [
                 state["kv"] * ops.expand_dims(factor, -1),
@@ -297,13 +300,19 @@ def _initial_carry(state, key, value, feature_map, key_sum=0.0):
     return ops.concatenate([zeros, key_sums], axis=-1), scale
 
 
-def _state(carry):
+def _state(carry, feature_map):
     sums, scale = carry
+    # Inside, features are lifted; the factor is a power of two, so nothing is rounded.
+    sums = sums / _lift(feature_map)
     return {
         "kv": sums[..., :-1],
         "k_sum": sums[..., -1],
         "log_max": ops.broadcast_to(ops.squeeze(scale, -1), ops.shape(sums)[:-1]),
     }
+
+
+def _lift(feature_map):
+    return _LIFT if feature_map.log_space else 1.0
 
 
 # Chunks of keys, queries and segments.
