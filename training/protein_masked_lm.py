@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from rich.table import Table
 
 from training.config import load_config
 from training.data.fasta import Protein, read_fasta
+from training.data.protein_packages import load_metastudent, load_mmseqs2_examples
 from training.data.protein_sample import load_protein_sample
 
 if TYPE_CHECKING:
@@ -38,12 +39,18 @@ DEFAULT_OUTPUT = Path("runs") / "protein_masked_lm"
 # Beyond this, a reloaded or exported model is not the model that was trained.
 RELOAD_TOLERANCE = 1e-5
 EXPORT_TOLERANCE = 1e-3
+# What `data.source` may name beside "sample", which has a held-out part of its own.
+PACKAGES: dict[str, Callable[[], list[Protein]]] = {
+    "mmseqs2_examples": load_mmseqs2_examples,
+    "metastudent": load_metastudent,
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Section `[data]`."""
 
+    source: str
     sequence_length: int
     mask_rate: float
     mask_token_rate: float
@@ -51,6 +58,8 @@ class DataConfig:
     heldout_share: float
 
     def __post_init__(self) -> None:
+        sources = ("sample", *PACKAGES)
+        _require(self.source in sources, "data.source", f"one of {', '.join(sources)}")
         _require(self.sequence_length >= 16, "data.sequence_length", "at least 16")
         _require(0 < self.mask_rate < 1, "data.mask_rate", "between 0 and 1")
         _require(0 <= self.mask_token_rate <= 1, "data.mask_token_rate", "between 0 and 1")
@@ -214,7 +223,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="replace one key of the config, such as training.steps=1000; repeatable",
     )  # fmt: skip
     parser.add_argument(
-        "--fasta", type=Path, help="your own proteins, plain or gzip; default: the shipped sample"
+        "--fasta", type=Path, help="your own proteins, plain or gzip, in place of data.source"
     )
     parser.add_argument("--backend", choices=("tensorflow", "jax", "torch"), help="Keras backend")
     parser.add_argument(
@@ -226,29 +235,31 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def read_proteins(fasta: Path | None, config: Config) -> tuple[list[Protein], list[Protein], str]:
     """Return the training proteins, the held-out proteins, and a phrase that names the source.
 
-    In a user's file, identical sequences count once, and the hash of a sequence decides its part.
+    The sample comes divided. Elsewhere identical sequences count once, and the hash of a sequence
+    decides its part.
     """
-    if fasta is None:
+    if fasta is None and config.data.source == "sample":
         train, heldout = load_protein_sample()
         source = "the shipped sample"
     else:
-        records = read_fasta(fasta)
+        source = config.data.source if fasta is None else str(fasta)
+        records = PACKAGES[source]() if fasta is None else read_fasta(fasta)
         first: dict[str, Protein] = {}
         for record in records:
             first.setdefault(record.sequence, record)
         distinct = list(first.values())
         if all(set("ACGTUN").issuperset(sequence) for sequence in first):
             raise ValueError(
-                f"{fasta}: all sequences are made of A, C, G, T, U and N, so they look like DNA or "
-                "RNA. Pass protein sequences."
+                f"{source}: all sequences are made of A, C, G, T, U and N, so they look like DNA "
+                "or RNA. Pass protein sequences."
             )
         for protein in distinct:
             if set(protein.sequence) == {"J"}:  # Not in the vocabulary: nothing to predict.
-                raise ValueError(f"{fasta}: {protein.name!r} is made of J only. Remove it.")
+                raise ValueError(f"{source}: {protein.name!r} is made of J only. Remove it.")
         bar = config.data.heldout_share * 2**64
         train = [protein for protein in distinct if sequence_hash(protein) >= bar]
         heldout = [protein for protein in distinct if sequence_hash(protein) < bar]
-        source = f"{fasta} ({len(records):,} records, {len(distinct):,} distinct)"
+        source = f"{source} ({len(records):,} records, {len(distinct):,} distinct)"
     if len(heldout) < 2:
         raise ValueError(
             f"{source}: {len(heldout)} protein(s) would be held out, and 2 or more are needed. "

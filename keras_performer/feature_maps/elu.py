@@ -17,8 +17,8 @@ class ELU(FeatureMap):
 
     **Example**
 
-    >>> ELU()(np.array([[0.0, 2.0]], "float32"))[0, 1] == 3
-    True
+    >>> float(ELU()(np.array([[0.0, 2.0]], "float32"))[0, 1])
+    3.0
 
     **Source** Katharopoulos et al. 2020, arXiv 2006.16236, equation 7.
     """

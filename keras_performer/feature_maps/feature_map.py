@@ -40,6 +40,18 @@ class FeatureMap(keras.layers.Layer):
     `features`, which keeps the scale apart.
 
     **Precision** Computed in the type of its input; attention passes float32 or wider.
+
+    **Example** A map of one's own, registered because each layer makes its copy from the config;
+    `GeneralizedKernel` makes one of a function.
+
+    >>> @keras.saving.register_keras_serializable()
+    ... class Softplus(FeatureMap):
+    ...     def features(self, x, operands, *, is_query):
+    ...         return keras.ops.softplus(x), None
+    >>> layer = keras_performer.layers.PerformerAttention(2, 4, feature_map=Softplus())
+    >>> x = np.ones((1, 5, 8), "float32")
+    >>> tuple(layer(x, x).shape)
+    (1, 5, 8)
     """
 
     estimates_softmax: bool = False

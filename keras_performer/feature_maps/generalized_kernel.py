@@ -39,8 +39,8 @@ class GeneralizedKernel(FeatureMap):
     **Example**
 
     >>> squared = GeneralizedKernel(lambda x: x * x, kernel_epsilon=0.0)
-    >>> squared(np.array([[1.0, -2.0]], "float32"))[0, 1] == 4
-    True
+    >>> float(squared(np.array([[1.0, -2.0]], "float32"))[0, 1])
+    4.0
 
     **Source** Choromanski et al. 2021, arXiv 2009.14794, section 2.2 and appendix D.
     """

@@ -24,8 +24,9 @@ class ReLU(FeatureMap):
 
     **Example**
 
-    >>> ReLU(projection=None, kernel_epsilon=0.5)(np.array([[1.0, -1.0]], "float32"))[0, 1] == 0.5
-    True
+    >>> phi = ReLU(projection=None, kernel_epsilon=0.5)(np.array([[1.0, -1.0]], "float32"))
+    >>> float(phi[0, 1])
+    0.5
 
     **Source** Choromanski et al. 2021, arXiv 2009.14794, section 2.2 and appendix D.4, where the
     default is an epsilon of 1e-3.

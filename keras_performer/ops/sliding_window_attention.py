@@ -150,6 +150,12 @@ def sliding_window_weights(
     """The weights of `sliding_window_attention`, (B, N, T, S), to look at short inputs.
 
     **Cost** O(T S N H) time and O(T S N) memory.
+
+    **Example**
+
+    >>> x = np.ones((1, 5, 2, 8), "float32")
+    >>> tuple(sliding_window_weights(x, x, 2).shape)
+    (1, 2, 5, 5)
     """
     query, key = ops.convert_to_tensor(query), ops.convert_to_tensor(key)
     output_dtype = dtype_of(query)

@@ -1,0 +1,189 @@
+import gzip
+import hashlib
+import os
+import shutil
+import struct
+import subprocess
+
+import pytest
+
+from training.data import protein_packages
+from training.data.blast_database import read_blast_database
+from training.data.fasta import Protein
+from training.data.registry import cache_folder, fetch_debian_package, package_files
+
+ALPHABET = "-ABCDEFGHIKLMNPQRSTVWXYZU*OJ"
+PROTEINS = [
+    Protein("P1|GO:1,GO:2", "the first", "MKTAYIAKQR"),
+    Protein("P2|GO:3", "x" * 300, "ACDEFGHIKLMNPQRSTVWYXBZUOJ"),
+    Protein("P3|", "", "W"),
+]
+
+needs_posix = pytest.mark.skipif(os.name != "posix", reason="the stand-in is a shell script")
+needs_dpkg = pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="no dpkg-deb here")
+
+
+def write_blast_database(proteins):
+    """The three files of a version-4 database, (pin, phr, psq)."""
+    headers, sequences = b"", b"\0"
+    header_offsets, sequence_offsets = [0], [1]
+    for protein in proteins:
+        line = f"{protein.name} {protein.description}".strip().encode()
+        size = bytes([len(line)]) if len(line) < 128 else b"\x82" + struct.pack(">H", len(line))
+        headers += b"0\x800\x80\xa0\x80\x1a" + size + line + bytes(4)
+        sequences += bytes(ALPHABET.index(letter) for letter in protein.sequence) + b"\0"
+        header_offsets.append(len(headers))
+        sequence_offsets.append(len(sequences))
+    title, date = b"made up", b"today"
+    index = struct.pack(">iii", 4, 1, len(title)) + title + struct.pack(">i", len(date)) + date
+    index += struct.pack(">i", len(proteins)) + struct.pack("<q", len(sequences))
+    index += struct.pack(">i", max(len(p.sequence) for p in proteins))
+    for offsets in (header_offsets, sequence_offsets):
+        index += struct.pack(f">{len(offsets)}I", *offsets)
+    return index, headers, sequences
+
+
+def files_of(proteins):
+    return zip(("pin", "phr", "psq"), write_blast_database(proteins), strict=True)
+
+
+def stand_in(folder, name, script):
+    folder.mkdir(exist_ok=True)
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("KERAS_PERFORMER_CACHE", str(tmp_path / "cache"))
+    return cache_folder()
+
+
+def test_a_blast_database_comes_back():
+    assert list(read_blast_database(*write_blast_database(PROTEINS))) == PROTEINS
+
+
+def test_empty_sequences_are_left_out():
+    proteins = [PROTEINS[0], Protein("empty", "", ""), PROTEINS[2]]
+    found = list(read_blast_database(*write_blast_database(proteins)))
+    assert found == [PROTEINS[0], PROTEINS[2]]
+
+
+@pytest.mark.parametrize("damage", ["nucleotides", "version", "short", "other sequences"])
+def test_what_is_no_blast_database_is_refused(damage):
+    index, headers, sequences = write_blast_database(PROTEINS)
+    if damage == "nucleotides":
+        index = index[:4] + struct.pack(">i", 0) + index[8:]
+    if damage == "version":
+        index = struct.pack(">i", 5) + index[4:]
+    if damage == "short":
+        index = index[:20]
+    if damage == "other sequences":
+        sequences = sequences[:-5]
+    message = "version-4|cut short|do not fit together"
+    with pytest.raises(ValueError, match=message):
+        list(read_blast_database(index, headers, sequences))
+
+
+@needs_posix
+def test_a_package_is_fetched_once_and_checked(cache, tmp_path, monkeypatch):
+    calls = tmp_path / "calls"
+    stand_in(tmp_path / "bin", "apt-get", f'echo "$@" >> {calls}; printf data > x_1_all.deb')
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    digest = hashlib.sha256(b"data").hexdigest()
+    for _ in range(2):
+        assert fetch_debian_package("x", "1", digest).read_bytes() == b"data"
+    assert calls.read_text(encoding="utf-8").splitlines() == ["download -q x=1"]
+    (cache / "x_1.deb").write_bytes(b"dat0")
+    with pytest.raises(ValueError, match="delete it and fetch it again"):
+        fetch_debian_package("x", "1", digest)
+
+
+@needs_posix
+def test_another_file_than_expected_does_not_enter_the_cache(cache, tmp_path, monkeypatch):
+    stand_in(tmp_path / "bin", "apt-get", "printf other > x_1_all.deb")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    with pytest.raises(ValueError, match="not the package that was expected"):
+        fetch_debian_package("x", "1", hashlib.sha256(b"data").hexdigest())
+    assert list(cache.iterdir()) == []
+
+
+@needs_posix
+def test_a_failing_or_missing_registry_is_told(cache, tmp_path, monkeypatch):
+    stand_in(tmp_path / "bin", "apt-get", "echo no such package >&2; exit 100")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    with pytest.raises(OSError, match=r"no such package.*apt-get update.*save it as"):
+        fetch_debian_package("x", "1", "0" * 64)
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    with pytest.raises(OSError, match=r"no apt-get here.*save it as"):
+        fetch_debian_package("x", "1", "0" * 64)
+
+
+@needs_dpkg
+def test_files_of_a_package_come_with_their_paths(tmp_path):
+    root = tmp_path / "package"
+    (root / "DEBIAN").mkdir(parents=True)
+    (root / "usr" / "share").mkdir(parents=True)
+    control = "Package: x\nVersion: 1\nArchitecture: all\nMaintainer: a <a@b.c>\nDescription: x\n"
+    (root / "DEBIAN" / "control").write_text(control, encoding="utf-8")
+    (root / "usr" / "share" / "data").write_bytes(b"content")
+    subprocess.run(["dpkg-deb", "--build", str(root), str(tmp_path / "x.deb")], check=True)
+    assert dict(package_files(tmp_path / "x.deb")) == {"usr/share/data": b"content"}
+
+
+@needs_posix
+def test_metastudent_is_prepared_once(cache, tmp_path, monkeypatch):
+    """The stand-in for mmseqs takes every sequence as its own cluster."""
+    parts = {
+        "MFO": [PROTEINS[0], Protein("P0|GO:4", "", PROTEINS[1].sequence)],
+        "BPO": [PROTEINS[1]],
+        "CCO": [PROTEINS[2]],
+    }
+    files = [
+        (f"usr/share/data/{folder}/goasp.fasta.{ending}", content)
+        for folder, proteins in parts.items()
+        for ending, content in files_of(proteins)
+    ]
+    fetched = []
+    monkeypatch.setattr(protein_packages, "package_files", lambda package: iter(files))
+    monkeypatch.setattr(protein_packages, "fetch_debian_package", lambda *a: fetched.append(a))
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    with pytest.raises(OSError, match="Install the package mmseqs2"):
+        protein_packages.load_metastudent()
+    assert fetched == []
+    stand_in(tmp_path / "bin", "mmseqs", "/bin/cat all.fasta > clusters_rep_seq.fasta")
+    expected = [
+        Protein("P0", "", PROTEINS[1].sequence),
+        Protein("P1", "", PROTEINS[0].sequence),
+        Protein("P3", "", "W"),
+    ]
+    for _ in range(2):
+        assert protein_packages.load_metastudent() == expected
+    assert len(fetched) == 1
+    assert len(list(cache.iterdir())) == 1
+
+
+@needs_posix
+def test_failing_clustering_leaves_nothing_behind(cache, tmp_path, monkeypatch):
+    files = [
+        (f"x/{folder}/goasp.fasta.{ending}", content)
+        for folder in ("MFO", "BPO", "CCO")
+        for ending, content in files_of(PROTEINS)
+    ]
+    monkeypatch.setattr(protein_packages, "package_files", lambda package: iter(files))
+    monkeypatch.setattr(protein_packages, "fetch_debian_package", lambda *a: None)
+    stand_in(tmp_path / "bin", "mmseqs", "echo out of memory >&2; exit 1")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    with pytest.raises(OSError, match="out of memory"):
+        protein_packages.load_metastudent()
+    assert list(cache.iterdir()) == []
+
+
+def test_the_examples_are_taken_from_their_package(cache, monkeypatch):
+    text = gzip.compress(b">P1 first\nMKTAYI\n")
+    files = [("usr/share/doc/other", b""), ("usr/share/doc/mmseqs2/DB.fasta.gz", text)]
+    monkeypatch.setattr(protein_packages, "package_files", lambda package: iter(files))
+    monkeypatch.setattr(protein_packages, "fetch_debian_package", lambda *a: None)
+    for _ in range(2):
+        assert protein_packages.load_mmseqs2_examples() == [Protein("P1", "first", "MKTAYI")]

@@ -1,0 +1,113 @@
+"""Large protein sets that Debian packages carry: fetched, checked, prepared and cached."""
+
+import gzip
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from training.data.blast_database import read_blast_database
+from training.data.fasta import Protein, read_fasta
+from training.data.registry import cache_folder, fetch_debian_package, package_files
+
+METASTUDENT = (
+    "metastudent-data",
+    "2.0.1-8",
+    "020ed0c560a5ba96f39c434399b3ecf0fa790a4776c4aac24458f837969ae54b",
+)
+MMSEQS2_EXAMPLES = (
+    "mmseqs2-examples",
+    "14-7e284+ds-1",
+    "ad2a14a4ca48735eff75de49b702ba969187c4e3b7814b8ae4ec0073f17cd4d2",
+)
+IDENTITY_PERCENT = 50
+
+
+def load_metastudent() -> list[Protein]:
+    """Read one protein of each cluster of the Swiss-Prot sequences of January 2014.
+
+    Clusters are those of mmseqs2's linclust at 50 % identity over 80 % of the shorter sequence, so
+    two proteins of the result share less than that: a random split of them holds out new families.
+    The first call fetches 225 MB and takes some minutes; later ones read the cache.
+
+    **Returns** The proteins, named by their accession and without a description.
+
+    **Raises** OSError or ValueError, with what to do, if the package cannot be had or mmseqs is
+    missing.
+
+    **Example**
+
+    >>> len(load_metastudent()) > 100_000  # doctest: +SKIP
+    True
+    """
+    path = cache_folder() / f"metastudent_{METASTUDENT[1]}_{IDENTITY_PERCENT}.fasta.gz"
+    if not path.is_file():
+        if shutil.which("mmseqs") is None:
+            raise OSError(
+                "Clustering the proteins of metastudent-data needs mmseqs. Install the package "
+                "mmseqs2 (Debian, Homebrew and Bioconda have it)."
+            )
+        _cluster(_distinct_metastudent(fetch_debian_package(*METASTUDENT)), path)
+    return read_fasta(path)
+
+
+def load_mmseqs2_examples() -> list[Protein]:
+    """Read the 20,000 UniProtKB sequences that mmseqs2 ships as an example.
+
+    **Returns** The proteins.
+
+    **Raises** OSError or ValueError, with what to do, if the package cannot be had.
+
+    **Example**
+
+    >>> len(load_mmseqs2_examples())  # doctest: +SKIP
+    20000
+    """
+    path = cache_folder() / f"mmseqs2_examples_{MMSEQS2_EXAMPLES[1]}.fasta.gz"
+    if not path.is_file():
+        package = fetch_debian_package(*MMSEQS2_EXAMPLES)
+        for name, content in package_files(package):
+            if name.endswith("/DB.fasta.gz"):
+                unfinished = path.with_name(path.name + ".part")
+                unfinished.write_bytes(content)
+                unfinished.replace(path)
+                break
+        else:
+            raise ValueError(f"{package}: there is no DB.fasta.gz in this package.")
+    return read_fasta(path)
+
+
+def _distinct_metastudent(package: Path) -> Iterable[Protein]:
+    """Walk over the distinct sequences of the three databases, in order of accession."""
+    files = {Path(name).parts[-2:]: content for name, content in package_files(package)}
+    distinct: dict[str, str] = {}
+    for folder in ("MFO", "BPO", "CCO"):
+        parts = [files[folder, f"goasp.fasta.{ending}"] for ending in ("pin", "phr", "psq")]
+        for protein in read_blast_database(*parts):
+            # A header is the accession, a bar, and the GO terms.
+            accession = protein.name.partition("|")[0]
+            known = distinct.setdefault(protein.sequence, accession)
+            distinct[protein.sequence] = min(known, accession)
+    for sequence, accession in sorted(distinct.items(), key=lambda item: item[1]):
+        yield Protein(accession, "", sequence)
+
+
+def _cluster(proteins: Iterable[Protein], path: Path) -> None:
+    """Write the representatives of linclust's clusters as a compressed FASTA file."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        scratch = Path(folder)
+        with (scratch / "all.fasta").open("w", encoding="ascii") as file:
+            file.writelines(f">{p.name}\n{p.sequence}\n" for p in proteins)
+        options = ["--min-seq-id", str(IDENTITY_PERCENT / 100), "-c", "0.8", "--cov-mode", "1"]
+        command = ["mmseqs", "easy-linclust", "all.fasta", "clusters", "scratch", *options]
+        result = subprocess.run(command, cwd=scratch, capture_output=True, text=True)
+        if result.returncode:
+            raise OSError(f"`{' '.join(command)}` failed: {(result.stdout + result.stderr)[-500:]}")
+        unfinished = path.with_name(path.name + ".part")
+        with (
+            (scratch / "clusters_rep_seq.fasta").open("rb") as text,
+            gzip.open(unfinished, "wb") as file,
+        ):
+            shutil.copyfileobj(text, file)
+        unfinished.replace(path)
