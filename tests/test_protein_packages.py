@@ -182,7 +182,8 @@ def test_failing_clustering_leaves_nothing_behind(cache, tmp_path, monkeypatch):
 
 def test_the_examples_are_taken_from_their_package(cache, monkeypatch):
     text = gzip.compress(b">P1 first\nMKTAYI\n")
-    files = [("usr/share/doc/other", b""), ("usr/share/doc/mmseqs2/DB.fasta.gz", text)]
+    folder = "usr/share/doc/mmseqs2/example-data"
+    files = [("usr/share/doc/other", b""), (f"{folder}/DB.fasta.gz", text)]
     monkeypatch.setattr(protein_packages, "package_files", lambda package: iter(files))
     monkeypatch.setattr(protein_packages, "fetch_debian_package", lambda *a: None)
     for _ in range(2):

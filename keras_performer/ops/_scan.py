@@ -68,6 +68,10 @@ def scan(
     Returns:
         The last carry and the tuple of outputs, stacked along a new leading axis.
     """
+    if xs[0].shape[0] == 1:
+        # Nothing to save: a single step keeps no more than its own recomputation would.
+        carry, ys = body(carry, tuple(x[0] for x in xs), weights)
+        return tuple(carry), tuple(keras.ops.expand_dims(y, 0) for y in ys)
     backend = keras.backend.backend()
     if backend == "jax":
         return _jax_scan(body, carry, xs, weights, reverse)

@@ -66,15 +66,10 @@ def load_mmseqs2_examples() -> list[Protein]:
     """
     path = cache_folder() / f"mmseqs2_examples_{MMSEQS2_EXAMPLES[1]}.fasta.gz"
     if not path.is_file():
-        package = fetch_debian_package(*MMSEQS2_EXAMPLES)
-        for name, content in package_files(package):
-            if name.endswith("/DB.fasta.gz"):
-                unfinished = path.with_name(path.name + ".part")
-                unfinished.write_bytes(content)
-                unfinished.replace(path)
-                break
-        else:
-            raise ValueError(f"{package}: there is no DB.fasta.gz in this package.")
+        files = dict(package_files(fetch_debian_package(*MMSEQS2_EXAMPLES)))
+        unfinished = path.with_name(path.name + ".part")
+        unfinished.write_bytes(files["usr/share/doc/mmseqs2/example-data/DB.fasta.gz"])
+        unfinished.replace(path)
     return read_fasta(path)
 
 
