@@ -1,11 +1,14 @@
 """Gradients of a scalar function, and whole compiled functions, on whichever backend runs."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import keras
 import numpy as np
 from tolerances import to_numpy
+
+from keras_performer.ops import favor_attention
 
 
 def gradients(fn: Callable[..., Any], *arrays: Any) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -59,3 +62,24 @@ def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
     import jax
 
     return jax.jit(fn, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@functools.lru_cache(maxsize=None)
+def _attend(feature_map: Any, options: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+    def fn(query: Any, key: Any, value: Any, arrays: dict[str, Any]) -> Any:
+        return favor_attention(query, key, value, feature_map, **dict(options), **arrays)
+
+    return compiled(fn)
+
+
+def attend(query: Any, key: Any, value: Any, feature_map: Any, **options: Any) -> Any:
+    """`favor_attention`, compiled as a whole under JAX, once for each map, options and shapes."""
+    arrays = {
+        name: options.pop(name)
+        for name in ("key_mask", "segment_ids", "initial_state")
+        if options.get(name) is not None
+    }
+    if not feature_map.built:
+        feature_map.build(key.shape)
+    options = {name: value for name, value in options.items() if value is not None}
+    return _attend(feature_map, tuple(sorted(options.items())))(query, key, value, arrays)

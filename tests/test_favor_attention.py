@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import oracles
 import pytest
-from gradients import gradients
+from gradients import attend, gradients
 from keras import ops
 from tolerances import assert_close, assert_gradients_close, relative_rms, to_numpy
 
@@ -90,7 +90,7 @@ def test_equals_a_float64_loop_over_pairs(implementation, causal, masked, segmen
     if segmented:
         options["segment_ids"] = make_segments(length)
     fm = feature_map()
-    output = favor_attention(query, key, value, fm, implementation=implementation, **options)
+    output = attend(query, key, value, fm, implementation=implementation, **options)
     assert_close(output, oracle(query, key, value, fm, **options))
 
 
@@ -98,7 +98,7 @@ def test_equals_a_float64_loop_over_pairs(implementation, causal, masked, segmen
 def test_cross_attention_equals_a_float64_loop(implementation):
     query, key, value = make_qkv(11, 17)
     fm = feature_map(hyperbolic=True)
-    output = favor_attention(query, key, value, fm, implementation=implementation)
+    output = attend(query, key, value, fm, implementation=implementation)
     assert_close(output, oracle(query, key, value, fm))
 
 
@@ -113,7 +113,7 @@ def test_plain_features_equal_a_float64_loop(implementation, causal, fm):
     query, key, value = make_qkv(13, key_heads=HEADS)
     phi_q, phi_k = (to_numpy(fm(x)).astype("float64") for x in (query, key))
     expected = oracles.plain_attention_loop(phi_q, phi_k, value, causal=causal)
-    output = favor_attention(query, key, value, fm, causal=causal, implementation=implementation)
+    output = attend(query, key, value, fm, causal=causal, implementation=implementation)
     assert_close(output, expected)
 
 
@@ -135,8 +135,8 @@ def test_equals_the_reference(implementation, causal, masked, segmented, length)
     fm = feature_map()
     if causal or not segmented:
         options["return_state"] = True
-    expected = favor_attention(query, key, value, fm, implementation="reference", **options)
-    actual = favor_attention(query, key, value, fm, implementation=implementation, **options)
+    expected = attend(query, key, value, fm, implementation="reference", **options)
+    actual = attend(query, key, value, fm, implementation=implementation, **options)
     if "return_state" in options:
         assert_states_close(actual[1], expected[1])
         expected, actual = expected[0], actual[0]
@@ -273,9 +273,9 @@ def test_gradient_equals_a_difference_quotient(implementation, causal):
 def test_other_float_types(dtype, causal):
     query, key, value = make_qkv(CHUNK + 5)
     fm = feature_map()
-    expected = favor_attention(query, key, value, fm, causal=causal)
+    expected = attend(query, key, value, fm, causal=causal)
     cast = [ops.cast(ops.convert_to_tensor(x), dtype) for x in (query, key, value)]
-    actual = favor_attention(*cast, fm, causal=causal)
+    actual = attend(*cast, fm, causal=causal)
     assert actual.dtype == cast[0].dtype
     assert_close(ops.cast(actual, "float32"), expected, "float32" if dtype == "float64" else dtype)
 
@@ -296,8 +296,8 @@ def test_the_future_does_not_matter(implementation, key_scale, place):
         new[:, place + 1 :] = scale * other[:, place + 1 :]
     fm = feature_map()
     options = {"causal": True, "implementation": implementation}
-    before = to_numpy(favor_attention(query, key, value, fm, **options))[:, : place + 1]
-    after = to_numpy(favor_attention(*changed, fm, **options))[:, : place + 1]
+    before = to_numpy(attend(query, key, value, fm, **options))[:, : place + 1]
+    after = to_numpy(attend(*changed, fm, **options))[:, : place + 1]
     assert relative_rms(after, before) < 1e-5
     assert np.abs(after - before).max() < 1e-5 * np.abs(before).max()
 
@@ -307,7 +307,7 @@ def test_the_future_does_not_matter(implementation, key_scale, place):
 def test_the_first_causal_output_is_the_first_value(implementation, scale):
     for seed in range(8):
         query, key, value = make_qkv(23, seed=seed, scale=scale)
-        output = favor_attention(
+        output = attend(
             query, key, value, feature_map(), causal=True, implementation=implementation
         )
         assert_close(output[:, 0], np.repeat(value[:, 0], HEADS // KEY_HEADS, axis=1))
@@ -317,7 +317,7 @@ def test_the_first_causal_output_is_the_first_value(implementation, scale):
 def test_the_first_causal_output_is_the_first_value_when_key_and_query_are_parallel(direction):
     query, _, value = make_qkv(23, scale=8.0, key_heads=HEADS)
     key = direction * query
-    output = favor_attention(query, key, value, feature_map(), causal=True)
+    output = attend(query, key, value, feature_map(), causal=True)
     assert_close(output[:, 0], value[:, 0])
 
 
@@ -330,7 +330,7 @@ def test_mixed_norms_in_one_chunk_equal_a_float64_loop(causal, loud):
     query[:, part] *= 8
     key[:, part] *= 8
     fm = feature_map()
-    output = favor_attention(query, key, value, fm, causal=causal)
+    output = attend(query, key, value, fm, causal=causal)
     expected = oracle(query, key, value, fm, causal=causal)
     # Scores of hundreds round to 1e-5 in float32, whichever way they are formed.
     assert relative_rms(output, expected) < 1e-4
@@ -348,7 +348,7 @@ def test_huge_norms_give_finite_averages(dtype, scale, causal):
         return ops.sum(ops.square(ops.cast(favor_attention(*cast, fm, causal=causal), "float32")))
 
     output = to_numpy(
-        favor_attention(
+        attend(
             *(ops.cast(ops.convert_to_tensor(x), dtype) for x in (query, key, value)),
             fm,
             causal=causal,
@@ -368,7 +368,7 @@ def test_padding_does_not_matter(implementation, causal, fm):
     """Guards against masking values but not keys, and against padding that sets a maximum."""
     length, padding = 21, CHUNK
     query, key, value = make_qkv(length)
-    expected = favor_attention(query, key, value, fm, causal=causal, implementation=implementation)
+    expected = attend(query, key, value, fm, causal=causal, implementation=implementation)
     for filler in (0.0, 30.0, np.nan):
         for left in (False, True):
             sides = (padding, 0) if left else (0, padding)
@@ -377,7 +377,7 @@ def test_padding_does_not_matter(implementation, causal, fm):
             padded_query = np.pad(query, width, constant_values=0.0 if filler != filler else filler)
             mask = np.pad(np.ones((BATCH, length), bool), width[:2])
             output = to_numpy(
-                favor_attention(
+                attend(
                     padded_query,
                     *padded,
                     fm,
@@ -411,9 +411,7 @@ def test_a_query_that_sees_no_key_gives_zeros(implementation, causal, fm):
     mask[0] = False
     mask[1, :5] = False
     output = to_numpy(
-        favor_attention(
-            query, key, value, fm, causal=causal, key_mask=mask, implementation=implementation
-        )
+        attend(query, key, value, fm, causal=causal, key_mask=mask, implementation=implementation)
     )
     assert (output[0] == 0).all()
     assert (output[1, :5] == 0).all() == causal
@@ -428,7 +426,7 @@ def test_a_constant_value_comes_back(implementation, causal, segmented):
     query, key, value = make_qkv(length)
     value[:] = 3.5
     options = {"segment_ids": make_segments(length)} if segmented else {}
-    output = favor_attention(
+    output = attend(
         query, key, value, feature_map(), causal=causal, implementation=implementation, **options
     )
     assert_close(output, np.full((BATCH, length, HEADS, VALUE_DIM), 3.5))
@@ -439,10 +437,8 @@ def test_the_order_of_keys_does_not_matter(implementation):
     query, key, value = make_qkv(7, 2 * CHUNK + 3)
     order = np.random.default_rng(4).permutation(key.shape[1])
     fm = feature_map()
-    expected = favor_attention(query, key, value, fm, implementation=implementation)
-    shuffled = favor_attention(
-        query, key[:, order], value[:, order], fm, implementation=implementation
-    )
+    expected = attend(query, key, value, fm, implementation=implementation)
+    shuffled = attend(query, key[:, order], value[:, order], fm, implementation=implementation)
     assert_close(shuffled, expected)
 
 
@@ -455,9 +451,9 @@ def test_segments_equal_separate_calls(causal):
     for i, (start, stop) in enumerate(itertools.pairwise(bounds)):
         segments[:, start:stop] = i % 2
     fm = feature_map()
-    output = to_numpy(favor_attention(query, key, value, fm, causal=causal, segment_ids=segments))
+    output = to_numpy(attend(query, key, value, fm, causal=causal, segment_ids=segments))
     for start, stop in itertools.pairwise(bounds):
-        alone = favor_attention(
+        alone = attend(
             query[:, start:stop], key[:, start:stop], value[:, start:stop], fm, causal=causal
         )
         assert_close(output[:, start:stop], alone)
@@ -479,11 +475,11 @@ def test_split_and_resume_equals_one_call(implementation, segmented, splits):
     options = {"key_mask": mask}
     if segmented:
         options["segment_ids"] = segments
-    expected, last = favor_attention(query, key, value, fm, **common, **options)
+    expected, last = attend(query, key, value, fm, **common, **options)
     state, outputs = None, []
     for start, stop in itertools.pairwise((0, *splits, length)):
         part = {name: array[:, start:stop] for name, array in options.items()}
-        output, state = favor_attention(
+        output, state = attend(
             *(x[:, start:stop] for x in (query, key, value)),
             fm,
             initial_state=state,
@@ -502,10 +498,10 @@ def test_decoding_token_by_token_equals_one_call(implementation, scale):
     query, key, value = make_qkv(length, scale=scale)
     fm = feature_map()
     common = {"causal": True, "implementation": implementation}
-    expected = favor_attention(query, key, value, fm, **common)
+    expected = attend(query, key, value, fm, **common)
     state, outputs = None, []
     for t in range(length):
-        output, state = favor_attention(
+        output, state = attend(
             *(x[:, t : t + 1] for x in (query, key, value)),
             fm,
             initial_state=state,
@@ -523,9 +519,9 @@ def test_bidirectional_keys_may_be_split_before_the_query(implementation):
     query, key, value = make_qkv(11, CHUNK + 31)
     fm = feature_map()
     common = {"implementation": implementation}
-    expected = favor_attention(query, key, value, fm, **common)
-    _, state = favor_attention(query, key[:, :50], value[:, :50], fm, return_state=True, **common)
-    output = favor_attention(query, key[:, 50:], value[:, 50:], fm, initial_state=state, **common)
+    expected = attend(query, key, value, fm, **common)
+    _, state = attend(query, key[:, :50], value[:, :50], fm, return_state=True, **common)
+    output = attend(query, key[:, 50:], value[:, 50:], fm, initial_state=state, **common)
     assert_close(output, expected)
 
 
@@ -533,23 +529,19 @@ def test_bidirectional_keys_may_be_split_before_the_query(implementation):
 def test_states_are_interchangeable_between_implementations(causal):
     query, key, value = make_qkv(29)
     fm = feature_map()
-    expected = favor_attention(query, key, value, fm, causal=causal)
+    expected = attend(query, key, value, fm, causal=causal)
     for first, second in itertools.permutations(sorted(IMPLEMENTATIONS), 2):
         head = [x[:, :17] for x in (query, key, value)]
         tail = [x[:, 17:] for x in (query, key, value)]
-        _, state = favor_attention(
-            *head, fm, causal=causal, return_state=True, implementation=first
-        )
-        output = favor_attention(
-            *tail, fm, causal=causal, initial_state=state, implementation=second
-        )
+        _, state = attend(*head, fm, causal=causal, return_state=True, implementation=first)
+        output = attend(*tail, fm, causal=causal, initial_state=state, implementation=second)
         assert_close(output, expected[:, 17:])
 
 
 def test_the_state_has_a_fixed_size_with_the_batch_first():
     sizes = set()
     for length in (1, 300):
-        _, state = favor_attention(
+        _, state = attend(
             *make_qkv(length),
             feature_map(),
             causal=True,
@@ -580,7 +572,7 @@ def test_weights_reproduce_the_output(causal):
     assert (weights[~np.broadcast_to(mask[:, None, None], weights.shape)] == 0).all()
     if causal:
         assert (np.triu(weights, 1) == 0).all()
-    output = favor_attention(query, key, value, fm, causal=causal, key_mask=mask)
+    output = attend(query, key, value, fm, causal=causal, key_mask=mask)
     repeated = np.repeat(value, HEADS // KEY_HEADS, axis=2)
     assert_close(np.einsum("bnts,bsnv->btnv", weights, repeated), output)
 
