@@ -64,22 +64,30 @@ def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
     return jax.jit(fn, compiler_options={"xla_backend_optimization_level": 0})
 
 
-@functools.lru_cache(maxsize=None)
-def _attend(feature_map: Any, options: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
-    def fn(query: Any, key: Any, value: Any, arrays: dict[str, Any]) -> Any:
-        return favor_attention(query, key, value, feature_map, **dict(options), **arrays)
+def call(fn: Callable[..., Any], *arrays: Any, **options: Any) -> Any:
+    """`fn(*arrays, **options)`, compiled as a whole under JAX, once for each fn and settings.
 
-    return compiled(fn)
+    Options that are tensors or hold them are arguments of the compiled function; numbers, strings
+    and layers are settings. `fn` must draw no random numbers.
+    """
+    if isinstance(fn, keras.layers.Layer) and not fn.built:
+        fn(*arrays, **options)
+    settings = {
+        name: option
+        for name, option in options.items()
+        if option is None or isinstance(option, bool | int | float | str | keras.layers.Layer)
+    }
+    tensors = {name: option for name, option in options.items() if name not in settings}
+    return _with_settings(fn, tuple(sorted(settings.items())))(arrays, tensors)
+
+
+@functools.cache
+def _with_settings(fn: Callable[..., Any], settings: tuple[tuple[str, Any], ...]) -> Any:
+    return compiled(lambda arrays, tensors: fn(*arrays, **dict(settings), **tensors))
 
 
 def attend(query: Any, key: Any, value: Any, feature_map: Any, **options: Any) -> Any:
-    """`favor_attention`, compiled as a whole under JAX, once for each map, options and shapes."""
-    arrays = {
-        name: options.pop(name)
-        for name in ("key_mask", "segment_ids", "initial_state")
-        if options.get(name) is not None
-    }
+    """`favor_attention` through `call`."""
     if not feature_map.built:
         feature_map.build(key.shape)
-    options = {name: value for name, value in options.items() if value is not None}
-    return _attend(feature_map, tuple(sorted(options.items())))(query, key, value, arrays)
+    return call(favor_attention, query, key, value, feature_map=feature_map, **options)

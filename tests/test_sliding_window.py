@@ -7,7 +7,7 @@ from gradients import compiled, gradients
 from keras import ops
 from tolerances import assert_close, assert_gradients_close, to_numpy
 
-from keras_performer.ops import sliding_window_attention, sliding_window_weights
+from keras_performer.ops import sliding_window_attention, softmax_weights
 
 BATCH, HEADS, KEY_HEADS, HEAD_DIM, VALUE_DIM = 2, 6, 3, 5, 7
 
@@ -204,7 +204,7 @@ def test_norms_and_padding_without_meaning():
 def test_weights_are_those_of_the_output(masks, causal):
     query, key, _ = make_qkv(13)
     options = {"causal": causal, **MASKS[masks]}
-    function = compiled(lambda *x: sliding_window_weights(*x, 4, **options))
+    function = compiled(lambda *x: softmax_weights(*x, sliding_window=4, **options))
     weights = to_numpy(function(query, key))
     visible = visible_pairs(13, 13, 4, **options)
     assert_close(weights, dense_weights(query, key, visible))

@@ -1,6 +1,7 @@
 """Keras layers: attention and what is built of it. Needs keras and numpy only."""
 
 from keras_performer.layers.performer_attention import PerformerAttention
+from keras_performer.layers.performer_decoder_block import PerformerDecoderBlock
 from keras_performer.layers.performer_encoder_block import PerformerEncoderBlock
 
-__all__ = ["PerformerAttention", "PerformerEncoderBlock"]
+__all__ = ["PerformerAttention", "PerformerDecoderBlock", "PerformerEncoderBlock"]

@@ -7,12 +7,15 @@ import keras
 from keras import constraints, initializers, ops, regularizers
 
 from keras_performer import feature_maps
+from keras_performer.layers._arguments import dropout_rate, optional_int, positive_int
 from keras_performer.layers.rotary import rotate
 from keras_performer.ops import (
+    empty_favor_state,
+    empty_softmax_state,
     favor_attention,
     favor_attention_weights,
-    sliding_window_attention,
-    sliding_window_weights,
+    softmax_attention,
+    softmax_weights,
 )
 
 
@@ -39,7 +42,8 @@ class PerformerAttention(keras.layers.Layer):
         num_features: Number of features M of a map given by name. None takes H ln(H), rounded up
             to a multiple of eight, at least eight (272 for H = 64).
         feature_map: "favor_plus", "relu", "elu", or a `keras_performer.feature_maps.FeatureMap`,
-            whose configuration is copied.
+            whose configuration is copied. None is exact softmax attention at quadratic cost: the
+            baseline with the same arguments and weights.
         num_key_value_heads: Number K of key and value heads, a divisor of `num_heads`, each shared
             by a group of query heads. None is `num_heads`.
         qk_norm: Whether queries and keys are divided by their root mean square and multiplied by
@@ -55,7 +59,10 @@ class PerformerAttention(keras.layers.Layer):
     `training`; and of our own `segment_ids`, integers (B, T), whose runs of equal ids are
     sequences packed into one row, and `positions`, integers (T,) or (B, T), for rotary positions.
     Positions default to the distance from each row's first unmasked token, so left padding
-    does not matter; for packed rows pass positions that restart.
+    does not matter; for packed rows pass positions that restart. `initial_state`, from
+    `initial_state()` or an earlier call, stands for the tokens before these: with
+    `use_causal_mask` the sequence goes on after them, and otherwise every query sees them too.
+    With `return_state` the state after these tokens is returned as well; its size is fixed.
 
     **Returns** (B, T, D), or D replaced by `output_shape`; with `return_attention_scores=True` also
     this layer's own normalised weights (B, N, T, S), at a cost of O(T S N M): for short inputs.
@@ -109,22 +116,16 @@ class PerformerAttention(keras.layers.Layer):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        for name, size in (("num_heads", num_heads), ("key_dim", key_dim)):
-            _check_positive(name, size)
-        for name, size in (
-            ("value_dim", value_dim),
-            ("sliding_window", sliding_window),
-            ("num_key_value_heads", num_key_value_heads),
-        ):
-            if size is not None:
-                _check_positive(name, size)
+        num_heads, key_dim = positive_int("num_heads", num_heads), positive_int("key_dim", key_dim)
+        value_dim = optional_int("value_dim", value_dim)
+        sliding_window = optional_int("sliding_window", sliding_window)
+        num_key_value_heads = optional_int("num_key_value_heads", num_key_value_heads)
         if num_heads % (num_key_value_heads or num_heads):
             raise ValueError(
                 "num_key_value_heads must divide num_heads. Received: num_heads="
                 f"{num_heads}, num_key_value_heads={num_key_value_heads}"
             )
-        if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1). Received: dropout={dropout!r}")
+        dropout = dropout_rate("dropout", dropout)
         if flash_attention:
             raise ValueError(
                 "flash_attention=True fuses a softmax over pairs, which linear attention does not "
@@ -174,7 +175,9 @@ class PerformerAttention(keras.layers.Layer):
         if isinstance(feature_map, feature_maps.FeatureMap):
             feature_map = keras.saving.serialize_keras_object(feature_map)
         self._given_feature_map = feature_map
-        self._make_feature_map()  # refuses here what build would refuse
+        self._is_exact = feature_map is None or sliding_window is not None
+        if feature_map is not None:
+            self._make_feature_map()  # refuses here what build would refuse
         self._feature_map = None
         self._seed_generator = keras.random.SeedGenerator(seed) if dropout > 0 else None
 
@@ -265,13 +268,15 @@ class PerformerAttention(keras.layers.Layer):
             num_contracted=2,
         )
         if self.qk_norm:
-            norm = {"epsilon": 1e-6, "dtype": self.dtype_policy}
-            self._query_norm = keras.layers.RMSNormalization(name="query_norm", **norm)
+            options = {"epsilon": 1e-6, "dtype": self.dtype_policy}
+            self._query_norm = keras.layers.RMSNormalization(name="query_norm", **options)
             self._query_norm.build((None, None, heads, self.key_dim))
-            self._key_norm = keras.layers.RMSNormalization(name="key_norm", **norm)
+            self._key_norm = keras.layers.RMSNormalization(name="key_norm", **options)
             self._key_norm.build((None, None, groups, self.key_dim))
+            for norm in (self._query_norm, self._key_norm):
+                norm.supports_masking = True  # as in `_dense`
         # The last sublayer, so that the weights before it are those of `MultiHeadAttention`.
-        if self.sliding_window is None:
+        if not self._is_exact:
             self._feature_map = self._make_feature_map()
             self._feature_map.build((None, None, None, self.key_dim))
         self.built = True
@@ -290,6 +295,8 @@ class PerformerAttention(keras.layers.Layer):
         use_causal_mask: bool = False,
         segment_ids: Any = None,
         positions: Any = None,
+        initial_state: dict[str, Any] | None = None,
+        return_state: bool = False,
     ) -> Any:
         """Attend from query to value; see the class."""
         del query_mask  # it concerns the output's mask alone, which compute_mask passes on
@@ -307,28 +314,151 @@ class PerformerAttention(keras.layers.Layer):
             outer_shape = moved[0][1]
             query, key, value = (x for x, _ in moved)
         mask = self._merge_key_masks(key, [value_mask, key_mask], attention_mask, rank)
+        next_position = None
+        if initial_state is not None or return_state:
+            self._check_state_options(rank, return_attention_scores, initial_state, return_state)
+            start, next_position = _continue(key, mask, initial_state)
+            positions = start if positions is None else positions
         if self.rotary_max_wavelength is not None:
             query, key = _rotate(query, key, mask, positions, self.rotary_max_wavelength)
         dropped = self._drop_keys(key, mask, training)
-        if use_causal_mask and self.sliding_window is None and not same_tokens:
+        if use_causal_mask and not same_tokens:
             key, value, dropped = _align_lengths(query, key, value, dropped)
         options = {"causal": use_causal_mask, "key_mask": dropped, "segment_ids": segment_ids}
-        if self.sliding_window is not None:
-            output = sliding_window_attention(query, key, value, self.sliding_window, **options)
+        carried = {"initial_state": initial_state, "return_state": return_state}
+        if self._is_exact:
+            options["sliding_window"] = self.sliding_window
+            output = softmax_attention(query, key, value, **options, **carried)
         else:
-            output = favor_attention(query, key, value, self._feature_map, **options)
+            output = favor_attention(query, key, value, self._feature_map, **options, **carried)
+        state = None
+        if return_state:
+            output, state = output
+            state["position"] = next_position
         if outer_shape is not None:
             output = _unbatch_outer_axes(output, outer_shape, axis)
         output = self._output_dense(output if gate is None else output * gate)
+        if return_state:
+            return output, state
         if not return_attention_scores:
             return output
-        if self.sliding_window is not None:
-            scores = sliding_window_weights(query, key, self.sliding_window, **options)
+        if self._is_exact:
+            scores = softmax_weights(query, key, **options)
         else:
             scores = favor_attention_weights(query, key, self._feature_map, **options)
         if outer_shape is not None:
             scores = ops.reshape(scores, (*outer_shape, *ops.shape(scores)[1:]))
         return output, scores
+
+    def initial_state(self, batch_size: Any, max_length: int | None = None) -> dict[str, Any]:
+        """The state before the first token, to start a stream or a decoding loop from.
+
+        **Args**
+            batch_size: B.
+            max_length: Number of tokens that exact attention (`feature_map=None`) must be able to
+                look back on. Feature attention and a sliding window need none.
+
+        **Returns** A dictionary of tensors with the batch first: `position` (B,), the number of
+        tokens seen, and those of `favor_attention` or `softmax_attention`.
+
+        **Raises** ValueError if the layer is not built, or needs `max_length`.
+        """
+        if not self.built:
+            raise ValueError(
+                "The layer is not built, so the size of its state is unknown. Call it or `build` "
+                f"it first. Received: layer {self.name!r}"
+            )
+        heads = self.num_key_value_heads
+        if not self._is_exact:
+            dtype = "float64" if self.compute_dtype == "float64" else "float32"
+            state = empty_favor_state(self._feature_map, batch_size, heads, self.value_dim, dtype)
+        else:
+            capacity = max_length
+            if self.sliding_window is not None:
+                capacity = max(1, self.sliding_window - 1)
+            if capacity is None:
+                raise ValueError(
+                    "Exact attention remembers every key: say for how many tokens with max_length. "
+                    "Received: max_length=None"
+                )
+            state = empty_softmax_state(
+                batch_size, capacity, heads, self.key_dim, self.value_dim, self.compute_dtype
+            )
+        return {**state, "position": ops.zeros((batch_size,), "int32")}
+
+    def memory(self, value: Any, key_mask: Any = None) -> dict[str, Any]:
+        """Absorb keys and values once, for queries that come later through `read`.
+
+        Calling the layer on all queries is `read(query, memory(value, key_mask))`: a decoder that
+        generates token by token builds the memory of the encoder's outputs once.
+
+        **Args**
+            value: (B, S, D'), from which keys and values are projected.
+            key_mask: (B, S), True or not 0 where a key takes part.
+
+        **Returns** A dictionary of tensors with the batch first. With a feature map its size does
+        not depend on S.
+
+        **Raises** ValueError with rotary positions, which a memory has none of.
+        """
+        self._check_memory()
+        key, value = self._key_dense(value), self._value_dense(value)
+        if self.qk_norm:
+            key = self._key_norm(key) * self.key_dim**-0.25
+        batch, length = ops.shape(key)[:2]
+        if key_mask is None:
+            key_mask = ops.ones((batch, length), "bool")
+        key_mask = ops.cast(key_mask, "bool")
+        if self._is_exact:
+            mask = ops.expand_dims(key_mask, (2, 3))
+            key, value = (ops.where(mask, x, ops.zeros_like(x)) for x in (key, value))
+            return {"key": key, "value": value, "key_mask": key_mask}
+        query = ops.zeros((batch, 1, self.num_heads, self.key_dim), self.compute_dtype)
+        return favor_attention(
+            query, key, value, self._feature_map, key_mask=key_mask, return_state=True
+        )[1]
+
+    def read(self, query: Any, memory: dict[str, Any]) -> Any:
+        """Attend from query (B, T, D) to a memory made by `memory`; see there."""
+        self._check_memory()
+        gate = self._gate_dense(query) if self.use_gate else None
+        query = self._query_dense(query)
+        if self.qk_norm:
+            query = self._query_norm(query) * self.key_dim**-0.25
+        # A masked key stands in for the new keys, of which there are none.
+        nothing = (ops.shape(query)[0], 1, self.num_key_value_heads)
+        key = ops.zeros((*nothing, self.key_dim), self.compute_dtype)
+        value = ops.zeros((*nothing, self.value_dim), self.compute_dtype)
+        options = {"key_mask": ops.zeros(nothing[:2], "bool"), "initial_state": memory}
+        if self._is_exact:
+            output = softmax_attention(query, key, value, **options)
+        else:
+            output = favor_attention(query, key, value, self._feature_map, **options)
+        return self._output_dense(output if gate is None else output * gate)
+
+    def _check_memory(self) -> None:
+        if not self.built or self.rotary_max_wavelength is not None or self.sliding_window:
+            raise ValueError(
+                "`memory` and `read` are for cross-attention: the layer must be built, and have "
+                "neither rotary positions nor a sliding window. Received: "
+                f"built={self.built}, rotary_max_wavelength={self.rotary_max_wavelength}, "
+                f"sliding_window={self.sliding_window}"
+            )
+
+    def _check_state_options(
+        self, rank: int, return_attention_scores: bool, initial_state: Any, return_state: bool
+    ) -> None:
+        if rank > 3 or return_attention_scores:
+            raise ValueError(
+                "A state goes with inputs of three axes and without attention scores. Received: "
+                f"inputs of {rank} axes, return_attention_scores={return_attention_scores}"
+            )
+        if self._is_exact and initial_state is None and return_state:
+            raise ValueError(
+                "Exact attention needs a state to start from, which says how many keys it can "
+                "hold: pass initial_state=layer.initial_state(batch_size, max_length). "
+                "Received: initial_state=None, return_state=True"
+            )
 
     def compute_mask(self, inputs: Any, previous_mask: Any = None) -> Any:
         """The mask of the query."""
@@ -359,6 +489,8 @@ class PerformerAttention(keras.layers.Layer):
         use_causal_mask: bool = False,
         segment_ids: Any = None,
         positions: Any = None,
+        initial_state: dict[str, Any] | None = None,
+        return_state: bool = False,
     ) -> Any:
         """The symbolic output, without tracing the computation."""
         del key, query_mask, value_mask, key_mask, attention_mask
@@ -366,12 +498,32 @@ class PerformerAttention(keras.layers.Layer):
         output = keras.KerasTensor(
             self.compute_output_shape(query.shape, value.shape), dtype=self.compute_dtype
         )
+        if return_state:
+            return output, self.compute_state_spec(query.shape[0], initial_state)
         if not return_attention_scores:
             return output
         axis = self._axis(len(query.shape))
         outer = [query.shape[i] for i in range(len(query.shape) - 1) if i != axis]
         shape = (*outer, self.num_heads, query.shape[axis], value.shape[axis])
         return output, keras.KerasTensor(shape, dtype=self.compute_dtype)
+
+    def compute_state_spec(
+        self, batch_size: Any, initial_state: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """The symbolic state that a call returns."""
+        if initial_state is not None:
+            shapes = {name: (tuple(x.shape), x.dtype) for name, x in initial_state.items()}
+        else:
+            feature_map: Any = self._feature_map
+            heads = (batch_size, self.num_key_value_heads, feature_map.feature_dim)
+            dtype = "float64" if self.compute_dtype == "float64" else "float32"
+            shapes = {
+                "kv": ((*heads, self.value_dim), dtype),
+                "k_sum": (heads, dtype),
+                "log_max": (heads, dtype),
+                "position": ((batch_size,), "int32"),
+            }
+        return {name: keras.KerasTensor(shape, dtype) for name, (shape, dtype) in shapes.items()}
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor."""
@@ -568,21 +720,38 @@ def _rotate(
     """Rotate by `positions`, or by the distance from each row's first unmasked key."""
     if positions is not None:
         return rotate(query, positions, max_wavelength), rotate(key, positions, max_wavelength)
-    first = None
-    if mask is not None:
-        mask = ops.any(mask, axis=1) if len(mask.shape) == 3 else mask
-        first = ops.expand_dims(ops.argmax(ops.cast(mask, "int32"), axis=1), -1)
 
     def place(x: Any) -> Any:
-        index = ops.arange(ops.shape(x)[1], dtype="int32")
-        return index if first is None else ops.expand_dims(index, 0) - ops.cast(first, "int32")
+        return _distances(ops.shape(x)[1], None if mask is None else _first(mask))
 
     return rotate(query, place(query), max_wavelength), rotate(key, place(key), max_wavelength)
 
 
-def _check_positive(name: str, size: Any) -> None:
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise ValueError(f"{name} must be a positive integer. Received: {name}={size!r}")
+def _distances(length: Any, first: Any) -> Any:
+    """0, 1, ... less the place of each row's first token, (T,) or (B, T)."""
+    index = ops.arange(length, dtype="int32")
+    return index if first is None else ops.expand_dims(index, 0) - ops.expand_dims(first, -1)
+
+
+def _first(mask: Any) -> Any:
+    """The place of each row's first unmasked key (B,); 0 if there is none."""
+    mask = ops.any(mask, axis=1) if len(mask.shape) == 3 else mask
+    return ops.cast(ops.argmax(ops.cast(mask, "int32"), axis=1), "int32")
+
+
+def _continue(key: Any, mask: Any, state: dict[str, Any] | None) -> tuple[Any, Any]:
+    """The positions of these tokens (B, T), and that of the next one (B,), after `state`."""
+    batch, length = ops.shape(key)[:2]
+    seen = ops.zeros((batch,), "int32") if state is None else state["position"]
+    first, starts = ops.zeros((batch,), "int32"), ops.ones((batch,), "bool")
+    if mask is not None:
+        first = _first(mask)
+        starts = ops.any(mask, axis=-1 if len(mask.shape) == 2 else (1, 2))
+    # A row that has begun goes on; one that has not begins at its first token.
+    begun = seen > 0
+    first = ops.where(begun, -seen, first)
+    following = ops.where(ops.logical_or(begun, starts), length - first, 0)
+    return _distances(length, first), ops.cast(following, "int32")
 
 
 def _copy(initializer: Any) -> Any:

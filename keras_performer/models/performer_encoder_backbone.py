@@ -5,12 +5,8 @@ from typing import Any
 import keras
 import keras_hub
 
-from keras_performer.layers.performer_encoder_block import (
-    PerformerEncoderBlock,
-    dropout_rate,
-    positive_int,
-    split_width,
-)
+from keras_performer.layers import PerformerEncoderBlock
+from keras_performer.layers._arguments import dropout_rate, positive_int, split_width
 from keras_performer.models._load_preset import load_by_name
 
 

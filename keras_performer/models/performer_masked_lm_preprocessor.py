@@ -6,7 +6,7 @@ from typing import Any
 import keras
 import keras_hub
 
-from keras_performer.layers.performer_encoder_block import positive_int
+from keras_performer.layers._arguments import positive_int
 from keras_performer.models._load_preset import load_by_name
 from keras_performer.models.performer_encoder_backbone import PerformerEncoderBackbone
 from keras_performer.models.protein_tokenizer import ProteinTokenizer

@@ -21,7 +21,15 @@ from typing import Any
 
 from keras import ops
 
-from keras_performer.ops._chunks import cut, dtype_of, normalize, plan, same_run, tile_rows
+from keras_performer.ops._chunks import (
+    LOG_ZERO,
+    cut,
+    dtype_of,
+    normalize,
+    plan,
+    same_run,
+    tile_rows,
+)
 from keras_performer.ops._scan import scan
 
 CHUNK = 128
@@ -34,8 +42,6 @@ WIDE_CHUNK = 256
 _RANGE = 70.0
 # A power of two, so that lifting rounds nothing.
 _LIFT = 2.0**35
-# Stands for the logarithm of zero: finite, so that differences of two stay numbers.
-_LOG_ZERO = -1e30
 
 
 def why_not(*, exact_window: int | None, num_sink_tokens: int) -> str | None:
@@ -214,7 +220,7 @@ def _key_features(feature_map, key, operands, mask):
     """Features of keys; the log scale of a masked key is that of zero."""
     phi, log_scale = _features(feature_map, key, operands, is_query=False)
     if log_scale is not None:
-        log_scale = ops.where(mask, log_scale, _LOG_ZERO)
+        log_scale = ops.where(mask, log_scale, LOG_ZERO)
     return phi, log_scale
 
 
@@ -231,12 +237,12 @@ def _attend_chunk(phi_q, phi_k, log_scale, value, visible, reads):
             read = ops.matmul(phi_q, sums)
             total = total + (read if gate is None else ops.where(gate, read, 0.0))
         return total
-    log_weights = ops.where(visible, ops.swapaxes(log_scale, -1, -2), _LOG_ZERO)
+    log_weights = ops.where(visible, ops.swapaxes(log_scale, -1, -2), LOG_ZERO)
     scales = [
-        scale if gate is None else ops.where(gate, scale, _LOG_ZERO) for _, scale, gate in reads
+        scale if gate is None else ops.where(gate, scale, LOG_ZERO) for _, scale, gate in reads
     ]
     # Above the log of zero, so that what a row must not see weighs nothing even if it sees nothing.
-    row_max = ops.maximum(ops.max(log_weights, axis=-1, keepdims=True), _LOG_ZERO / 2)
+    row_max = ops.maximum(ops.max(log_weights, axis=-1, keepdims=True), LOG_ZERO / 2)
     for scale in scales:
         row_max = ops.maximum(row_max, scale)
     row_max = ops.stop_gradient(row_max)
@@ -265,8 +271,8 @@ def _keep_run(carry, value, log_scale, run, carried_run, kept_run):
     belongs = ops.expand_dims(ops.equal(run, ops.expand_dims(kept_run, -1)), (1, 3))
     value = ops.where(belongs, value, 0.0)
     if log_scale is not None:
-        scale = ops.where(keep, scale, _LOG_ZERO)
-        log_scale = ops.where(belongs, log_scale, _LOG_ZERO)
+        scale = ops.where(keep, scale, LOG_ZERO)
+        log_scale = ops.where(belongs, log_scale, LOG_ZERO)
     return (sums, scale), value, log_scale
 
 
@@ -296,7 +302,7 @@ def _initial_carry(state, key, value, feature_map, key_sum=0.0):
     key_sums = ops.zeros((*shape, 1), dtype_of(value)) + key_sum
     scale = ops.zeros((*shape[:2], 1, 1), dtype_of(value))
     if feature_map.log_space:
-        scale = scale + _LOG_ZERO
+        scale = scale + LOG_ZERO
     return ops.concatenate([zeros, key_sums], axis=-1), scale
 
 

@@ -5,6 +5,9 @@ from typing import Any
 
 from keras import backend, ops
 
+LOG_ZERO = -1e30
+"""Stands for the logarithm of zero: finite, so that differences of two stay numbers."""
+
 
 def dtype_of(x: Any) -> str:
     """The name of a tensor's type, on every backend."""

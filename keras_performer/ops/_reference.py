@@ -8,7 +8,7 @@ from typing import Any
 
 from keras import ops
 
-_LOG_ZERO = -1e30
+from keras_performer.ops._chunks import LOG_ZERO
 
 
 def why_not(*, exact_window: int | None, num_sink_tokens: int) -> str | None:
@@ -37,7 +37,7 @@ def attend(
     """Compute attention from every pair of a query and a key; see `_chunked.attend`."""
     visible = visible_pairs(query, key, causal=causal, key_mask=key_mask, runs=runs)
     log_scores = _log_scores(query, key, feature_map, operands)
-    log_scores = ops.where(visible, log_scores, _LOG_ZERO)
+    log_scores = ops.where(visible, log_scores, LOG_ZERO)
     log_query = _log_features(query, feature_map, operands, is_query=True)
     log_key = _log_features(key, feature_map, operands, is_query=False)
     row_max = ops.max(log_scores, axis=-1, keepdims=True)
@@ -47,9 +47,9 @@ def attend(
         log_read = log_query + ops.expand_dims(state["log_max"], (2, 3))
         if runs is not None:
             first = ops.expand_dims(ops.equal(runs, 0), (1, 2, 4))
-            log_read = ops.where(first, log_read, _LOG_ZERO)
+            log_read = ops.where(first, log_read, LOG_ZERO)
         row_max = ops.maximum(row_max, ops.max(log_read, axis=-1, keepdims=True))
-    row_max = ops.stop_gradient(ops.maximum(row_max, _LOG_ZERO / 2))
+    row_max = ops.stop_gradient(ops.maximum(row_max, LOG_ZERO / 2))
     scores = ops.exp(log_scores - row_max)
     numerator = ops.matmul(scores, ops.expand_dims(value, 2))
     denominator = ops.sum(scores, axis=-1, keepdims=True)
@@ -79,8 +79,8 @@ def attention_weights(
     """Normalised weights (B, K, G, T, S) of every pair: rows sum to one, or to zero."""
     visible = visible_pairs(query, key, causal=causal, key_mask=key_mask, runs=runs)
     log_scores = _log_scores(query, key, feature_map, operands)
-    log_scores = ops.where(visible, log_scores, _LOG_ZERO)
-    row_max = ops.maximum(ops.max(log_scores, axis=-1, keepdims=True), _LOG_ZERO / 2)
+    log_scores = ops.where(visible, log_scores, LOG_ZERO)
+    row_max = ops.maximum(ops.max(log_scores, axis=-1, keepdims=True), LOG_ZERO / 2)
     scores = ops.exp(log_scores - ops.stop_gradient(row_max))
     total = ops.sum(scores, axis=-1, keepdims=True)
     return ops.where(total > 0, scores / ops.where(total > 0, total, 1.0), 0.0)
@@ -106,7 +106,7 @@ def _log_features(x, feature_map, operands, *, is_query):
         return values + offset
     # Zero features have no logarithm; the inner `where` keeps their gradient finite.
     positive = values > 0
-    return ops.where(positive, ops.log(ops.where(positive, values, 1.0)), _LOG_ZERO)
+    return ops.where(positive, ops.log(ops.where(positive, values, 1.0)), LOG_ZERO)
 
 
 def _log_scores(query, key, feature_map, operands):
@@ -116,7 +116,7 @@ def _log_scores(query, key, feature_map, operands):
         phi_k, _ = feature_map.features(key, operands, is_query=False)
         scores = ops.matmul(phi_q, ops.swapaxes(ops.expand_dims(phi_k, 2), -1, -2))
         positive = scores > 0
-        return ops.where(positive, ops.log(ops.where(positive, scores, 1.0)), _LOG_ZERO)
+        return ops.where(positive, ops.log(ops.where(positive, scores, 1.0)), LOG_ZERO)
     log_query = _log_features(query, feature_map, operands, is_query=True)
     log_key = _log_features(key, feature_map, operands, is_query=False)
     pairs = ops.expand_dims(log_query, 4) + ops.expand_dims(log_key, (2, 3))
@@ -131,7 +131,7 @@ def _final_state(log_key, value, key_mask, runs, state):
         belongs = last if belongs is None else ops.logical_and(belongs, last)
     if belongs is not None:
         belongs = ops.expand_dims(belongs, -1)
-        log_key = ops.where(belongs, log_key, _LOG_ZERO)
+        log_key = ops.where(belongs, log_key, LOG_ZERO)
         value = ops.where(belongs, value, 0.0)
     log_max = ops.max(log_key, axis=2)
     kept = None
@@ -139,7 +139,7 @@ def _final_state(log_key, value, key_mask, runs, state):
         kept = state["log_max"]
         if runs is not None:
             same = ops.expand_dims(ops.equal(runs[:, -1], 0), (1, 2))
-            kept = ops.where(same, kept, _LOG_ZERO)
+            kept = ops.where(same, kept, LOG_ZERO)
         log_max = ops.maximum(log_max, kept)
     log_max = ops.stop_gradient(log_max)
     phi = ops.exp(log_key - ops.expand_dims(log_max, 2))
@@ -148,7 +148,7 @@ def _final_state(log_key, value, key_mask, runs, state):
     k_sum = ops.sum(phi, axis=2)
     kv = ops.matmul(ops.swapaxes(phi, -1, -2), value)
     if state is not None and kept is not None:
-        factor = ops.where(kept > _LOG_ZERO / 2, ops.exp(kept - log_max), 0.0)
+        factor = ops.where(kept > LOG_ZERO / 2, ops.exp(kept - log_max), 0.0)
         k_sum = k_sum + factor * state["k_sum"]
         kv = kv + ops.expand_dims(factor, -1) * state["kv"]
     return {"kv": kv, "k_sum": k_sum, "log_max": log_max}

@@ -6,7 +6,7 @@ from keras import backend, ops
 from keras.utils import is_keras_tensor
 
 from keras_performer.ops import _chunked, _reference
-from keras_performer.ops._chunks import dtype_of, run_indices
+from keras_performer.ops._chunks import LOG_ZERO, dtype_of, run_indices
 
 IMPLEMENTATIONS = {"chunked": _chunked, "reference": _reference}
 """By name, in the order of preference of `implementation="auto"`."""
@@ -155,6 +155,38 @@ def favor_attention(
     if segment_ids is not None:
         state["segment_id"] = segment_ids[:, -1]
     return output, state
+
+
+def empty_favor_state(
+    feature_map: Any, batch_size: Any, num_key_heads: int, value_dim: int, dtype: str = "float32"
+) -> dict[str, Any]:
+    """The state of `favor_attention` before the first key.
+
+    Passing it is passing no state; loops that carry a state start from it.
+
+    **Args**
+        feature_map: A built feature map with M features.
+        batch_size: B.
+        num_key_heads: K.
+        value_dim: V.
+        dtype: "float32" or "float64".
+
+    **Returns** A dictionary of `kv` (B, K, M, V), `k_sum` (B, K, M) and `log_max` (B, K, M).
+
+    **Example**
+
+    >>> feature_map = keras_performer.feature_maps.FavorPlus(16, seed=1)
+    >>> feature_map.build((None, 8))
+    >>> tuple(empty_favor_state(feature_map, 1, 2, 8)["kv"].shape)
+    (1, 2, 16, 8)
+    """
+    shape = (batch_size, num_key_heads, feature_map.feature_dim)
+    log_zero = LOG_ZERO if feature_map.log_space else 0.0
+    return {
+        "kv": ops.zeros((*shape, value_dim), dtype),
+        "k_sum": ops.zeros(shape, dtype),
+        "log_max": ops.zeros(shape, dtype) + log_zero,
+    }
 
 
 def favor_attention_weights(

@@ -5,6 +5,7 @@ from typing import Any
 from keras import ops
 
 from keras_performer.ops._chunks import (
+    LOG_ZERO,
     dtype_of,
     normalize,
     pad,
@@ -15,7 +16,6 @@ from keras_performer.ops._chunks import (
 )
 from keras_performer.ops._scan import scan
 
-_LOG_ZERO = -1e30
 _SMALLEST_BLOCK = 64
 
 
@@ -121,8 +121,8 @@ def sliding_window_attention(
         visible = ops.logical_and(band, ops.swapaxes(m, -1, -2))
         if runs:
             visible = ops.logical_and(visible, tile_rows(same_run(*runs), num_groups))
-        scores = ops.where(visible, ops.matmul(q, ops.swapaxes(k, -1, -2)), _LOG_ZERO)
-        row_max = ops.maximum(ops.max(scores, axis=-1, keepdims=True), _LOG_ZERO / 2)
+        scores = ops.where(visible, ops.matmul(q, ops.swapaxes(k, -1, -2)), LOG_ZERO)
+        row_max = ops.maximum(ops.max(scores, axis=-1, keepdims=True), LOG_ZERO / 2)
         scores = ops.exp(scores - ops.stop_gradient(row_max))
         return carry, (normalize(ops.matmul(scores, v)),)
 
@@ -136,51 +136,3 @@ def sliding_window_attention(
     output = ops.transpose(ops.reshape(output, blocks), (1, 0, 4, 2, 3, 5))
     output = ops.reshape(output, (batch, total, num_heads, value_dim))[:, :length]
     return ops.cast(output, output_dtype)
-
-
-def sliding_window_weights(
-    query: Any,
-    key: Any,
-    sliding_window: int,
-    *,
-    causal: bool = False,
-    key_mask: Any = None,
-    segment_ids: Any = None,
-) -> Any:
-    """The weights of `sliding_window_attention`, (B, N, T, S), to look at short inputs.
-
-    **Cost** O(T S N H) time and O(T S N) memory.
-
-    **Example**
-
-    >>> x = np.ones((1, 5, 2, 8), "float32")
-    >>> tuple(sliding_window_weights(x, x, 2).shape)
-    (1, 2, 5, 5)
-    """
-    query, key = ops.convert_to_tensor(query), ops.convert_to_tensor(key)
-    output_dtype = dtype_of(query)
-    dtype = "float64" if output_dtype == "float64" else "float32"
-    num_groups = query.shape[2] // key.shape[2]
-    key = ops.repeat(ops.cast(key, dtype), num_groups, axis=2)
-    scores = ops.einsum("btnh,bsnh->bnts", ops.cast(query, dtype), key) * key.shape[-1] ** -0.5
-    rows = ops.expand_dims(ops.arange(ops.shape(query)[1]), -1)
-    distance = rows - ops.expand_dims(ops.arange(ops.shape(key)[1]), 0)
-    visible = ops.abs(distance) < sliding_window
-    if causal:
-        visible = ops.logical_and(visible, distance >= 0)
-    visible = ops.expand_dims(visible, (0, 1))
-    if key_mask is not None:
-        key_mask = ops.cast(key_mask, "bool")
-        if len(key_mask.shape) == 2:
-            key_mask = ops.expand_dims(key_mask, 1)
-        key_mask = ops.repeat(key_mask, num_groups, axis=1) if key_mask.shape[1] != 1 else key_mask
-        visible = ops.logical_and(visible, ops.expand_dims(key_mask, 2))
-    if segment_ids is not None:
-        runs = run_indices(segment_ids)
-        visible = ops.logical_and(visible, same_run(runs, runs))
-    scores = ops.where(visible, scores, _LOG_ZERO)
-    row_max = ops.maximum(ops.max(scores, axis=-1, keepdims=True), _LOG_ZERO / 2)
-    scores = ops.exp(scores - ops.stop_gradient(row_max))
-    total = ops.sum(scores, axis=-1, keepdims=True)
-    weights = ops.where(total > 0, scores / ops.where(total > 0, total, 1.0), 0.0)
-    return ops.cast(weights, output_dtype)

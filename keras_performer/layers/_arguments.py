@@ -1,0 +1,117 @@
+"""Checks of constructor arguments that the layers and models share."""
+
+import numbers
+from typing import Any
+
+ATTENTIONS = ("performer", "softmax", "sliding_window")
+
+
+def positive_int(name: str, value: Any) -> int:
+    """Return `value` as an int, or raise a ValueError that names the argument.
+
+    **Args**
+        name: The argument's name, for the message.
+        value: What the caller passed.
+
+    **Returns** `value` as a built-in int.
+
+    **Raises** ValueError if it is not an integer above zero.
+
+    **Example**
+
+    >>> positive_int("num_heads", 4)
+    4
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        raise ValueError(f"`{name}` must be an integer above zero. Received: {name}={value!r}")
+    return int(value)
+
+
+def optional_int(name: str, value: Any) -> int | None:
+    """As `positive_int`, but None stays None.
+
+    **Example**
+
+    >>> optional_int("key_dim", None)
+    """
+    return None if value is None else positive_int(name, value)
+
+
+def dropout_rate(name: str, value: float) -> float:
+    """Return `value` if it is a rate of dropout, or raise a ValueError that names the argument.
+
+    **Args**
+        name: The argument's name, for the message.
+        value: What the caller passed.
+
+    **Returns** `value`.
+
+    **Raises** ValueError if it is not at least 0 and below 1.
+
+    **Example**
+
+    >>> dropout_rate("dropout", 0.1)
+    0.1
+    """
+    if not isinstance(value, int | float) or not 0 <= value < 1:
+        raise ValueError(f"`{name}` must be at least 0 and below 1. Received: {name}={value!r}")
+    return value
+
+
+def split_width(hidden_dim: int, num_heads: int, rotary: bool, key_dim: int | None) -> int:
+    """Return the head size H: `key_dim`, or an equal share of the width D.
+
+    **Args**
+        hidden_dim: Width D.
+        num_heads: Number of heads N.
+        rotary: Whether positions are rotary, which needs an even head size.
+        key_dim: H, or None for D/N.
+
+    **Returns** H.
+
+    **Raises** ValueError if D does not divide by N, or if `rotary` and H is odd.
+
+    **Example**
+
+    >>> split_width(64, 4, rotary=True, key_dim=None)
+    16
+    """
+    if key_dim is None:
+        if hidden_dim % num_heads:
+            raise ValueError(
+                "The model width must be a multiple of `num_heads` when `key_dim` is None. "
+                f"Received: hidden_dim={hidden_dim}, num_heads={num_heads}. Change one of them, or "
+                "pass `key_dim`."
+            )
+        key_dim = hidden_dim // num_heads
+    if rotary and key_dim % 2:
+        raise ValueError(
+            "Rotary positions rotate pairs of channels and need an even head size. Received: "
+            f"head size {key_dim} (hidden_dim={hidden_dim}, num_heads={num_heads}). Pass an even "
+            "`key_dim` or `rotary_max_wavelength=None`."
+        )
+    return key_dim
+
+
+def check_attention(attention: str, sliding_window: int | None) -> None:
+    """Raise a ValueError unless `attention` is known and has a window just if it needs one.
+
+    **Args**
+        attention: "performer", "softmax" or "sliding_window".
+        sliding_window: The window, or None.
+
+    **Raises** ValueError otherwise.
+
+    **Example**
+
+    >>> check_attention("sliding_window", 64)
+    """
+    if attention not in ATTENTIONS:
+        raise ValueError(
+            f"`attention` must be one of {ATTENTIONS}. Received: attention={attention!r}"
+        )
+    if (attention == "sliding_window") != (sliding_window is not None):
+        raise ValueError(
+            "`sliding_window` is the window of attention='sliding_window', which needs one, and of "
+            f"no other. Received: attention={attention!r}, sliding_window={sliding_window}"
+        )

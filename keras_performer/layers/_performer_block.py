@@ -1,0 +1,221 @@
+"""What the encoder and the decoder block share: arguments, sublayers and residual branches."""
+
+from typing import Any
+
+import keras
+
+from keras_performer.layers._arguments import (
+    check_attention,
+    dropout_rate,
+    optional_int,
+    positive_int,
+    split_width,
+)
+from keras_performer.layers.performer_attention import PerformerAttention
+
+
+class PerformerBlock(keras.layers.Layer):
+    """The abstract block: self-attention and a feed-forward part, each on a residual branch.
+
+    A subclass defines `build` and `call`.
+
+    **Args** Those that `PerformerEncoderBlock` documents.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        intermediate_dim: int,
+        key_dim: int | None = None,
+        num_key_value_heads: int | None = None,
+        attention: str = "performer",
+        sliding_window: int | None = None,
+        num_features: int | None = None,
+        feature_map: Any = "favor_plus",
+        qk_norm: bool = True,
+        rotary_max_wavelength: float | None = 10000,
+        gated: bool = False,
+        activation: Any = "gelu",
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        layer_norm_epsilon: float = 1e-5,
+        use_bias: bool = True,
+        kernel_initializer: Any = "glorot_uniform",
+        seed: int | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        self.supports_masking = True
+        self.num_heads = positive_int("num_heads", num_heads)
+        self.intermediate_dim = positive_int("intermediate_dim", intermediate_dim)
+        self.key_dim = optional_int("key_dim", key_dim)
+        self.num_key_value_heads = optional_int("num_key_value_heads", num_key_value_heads)
+        if self.num_heads % (self.num_key_value_heads or 1):
+            raise ValueError(
+                "`num_key_value_heads` must divide `num_heads`. Received: "
+                f"num_key_value_heads={num_key_value_heads}, num_heads={num_heads}"
+            )
+        self.sliding_window = optional_int("sliding_window", sliding_window)
+        check_attention(attention, sliding_window)
+        self.attention = attention
+        self.num_features = optional_int("num_features", num_features)
+        if rotary_max_wavelength is not None and rotary_max_wavelength <= 0:
+            raise ValueError(
+                "`rotary_max_wavelength` must be above zero, or None for no rotary positions. "
+                f"Received: rotary_max_wavelength={rotary_max_wavelength}"
+            )
+        # Kept as a config: the map that is used belongs to the attention, and to nothing else.
+        if isinstance(feature_map, keras.layers.Layer):
+            feature_map = keras.saving.serialize_keras_object(feature_map)
+        self.feature_map = feature_map
+        self.qk_norm = qk_norm
+        self.rotary_max_wavelength = rotary_max_wavelength
+        self.gated = gated
+        self.activation = keras.activations.get(activation)
+        self.dropout = dropout_rate("dropout", dropout)
+        self.attention_dropout = dropout_rate("attention_dropout", attention_dropout)
+        self.layer_norm_epsilon = layer_norm_epsilon
+        self.use_bias = use_bias
+        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.seed = seed
+
+    def _build_block(self, shape: tuple[int | None, ...]) -> None:
+        """Create the sublayers that every block has, for inputs (B, T, D)."""
+        hidden_dim = shape[-1]
+        if len(shape) != 3 or hidden_dim is None:
+            raise ValueError(
+                f"{type(self).__name__} expects inputs (batch, length, width) of known width. "
+                f"Received: inputs.shape={tuple(shape)}"
+            )
+        self.self_attention_norm = self._build_norm("self_attention_norm", shape)
+        self.self_attention = self._build_attention("self_attention", shape, shape)
+        self.self_attention_dropout = self._build_dropout("self_attention_dropout", 1)
+
+        self.feedforward_norm = self._build_norm("feedforward_norm", shape)
+        self.feedforward_intermediate = self._build_dense(
+            "feedforward_intermediate",
+            self.intermediate_dim,
+            shape,
+            None if self.gated else self.activation,
+        )
+        self.feedforward_gate = None
+        if self.gated:
+            self.feedforward_gate = self._build_dense(
+                "feedforward_gate", self.intermediate_dim, shape, self.activation
+            )
+        self.feedforward_output = self._build_dense(
+            "feedforward_output", hidden_dim, (*shape[:-1], self.intermediate_dim), None
+        )
+        self.feedforward_dropout = self._build_dropout("feedforward_dropout", 2)
+
+    def _build_attention(
+        self, name: str, query_shape: tuple[Any, ...], value_shape: tuple[Any, ...]
+    ) -> PerformerAttention:
+        """Self-attention of this block's kind, or cross-attention: without positions or window."""
+        crosses = name == "cross_attention"
+        wavelength = None if crosses else self.rotary_max_wavelength
+        attention = PerformerAttention(
+            num_heads=self.num_heads,
+            key_dim=split_width(
+                query_shape[-1], self.num_heads, wavelength is not None, self.key_dim
+            ),
+            dropout=self.attention_dropout,
+            use_bias=self.use_bias,
+            sliding_window=None if crosses else self.sliding_window,
+            kernel_initializer=self.kernel_initializer.clone(),
+            num_features=self.num_features,
+            feature_map=self.feature_map if self.attention == "performer" else None,
+            num_key_value_heads=self.num_key_value_heads,
+            qk_norm=self.qk_norm,
+            rotary_max_wavelength=wavelength,
+            seed=self.seed,
+            dtype=self.dtype_policy,
+            name=name,
+        )
+        attention.build(query_shape, value_shape)
+        return attention
+
+    def _build_norm(self, name: str, shape: tuple[int | None, ...]) -> keras.layers.Layer:
+        norm = keras.layers.LayerNormalization(
+            epsilon=self.layer_norm_epsilon, dtype=self.dtype_policy, name=name
+        )
+        norm.build(shape)
+        return norm
+
+    def _build_dense(
+        self, name: str, units: int, shape: tuple[int | None, ...], activation: Any
+    ) -> keras.layers.Layer:
+        dense = keras.layers.Dense(
+            units,
+            activation=activation,
+            use_bias=self.use_bias,
+            # One instance draws the same numbers each time, so every kernel gets its own.
+            kernel_initializer=self.kernel_initializer.clone(),
+            dtype=self.dtype_policy,
+            name=name,
+        )
+        dense.build(shape)
+        return dense
+
+    def _build_dropout(self, name: str, stream: int) -> keras.layers.Layer:
+        return keras.layers.Dropout(
+            self.dropout,
+            seed=None if self.seed is None else self.seed + stream,
+            dtype=self.dtype_policy,
+            name=name,
+        )
+
+    def _feed_forward(self, hidden: Any, training: bool | None) -> Any:
+        """The feed-forward branch of `hidden`, without the residual."""
+        x = self.feedforward_norm(hidden)
+        inner = self.feedforward_intermediate(x)
+        if self.feedforward_gate is not None:
+            inner = inner * self.feedforward_gate(x)
+        return self.feedforward_dropout(self.feedforward_output(inner), training=training)
+
+    def initial_state(self, batch_size: Any, max_length: int | None = None) -> dict[str, Any]:
+        """The state before the first token; see `PerformerAttention.initial_state`."""
+        return self.self_attention.initial_state(batch_size, max_length)
+
+    def compute_output_shape(self, inputs_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
+        """Return the shape of the output, which is that of the input."""
+        return inputs_shape
+
+    def compute_output_spec(
+        self,
+        inputs: Any,
+        *args: Any,
+        initial_state: dict[str, Any] | None = None,
+        return_state: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Return the symbolic output, without tracing the computation."""
+        del args, kwargs
+        output = keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
+        if not return_state:
+            return output
+        return output, self.self_attention.compute_state_spec(inputs.shape[0], initial_state)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the constructor's arguments."""
+        return {
+            **super().get_config(),
+            "num_heads": self.num_heads,
+            "intermediate_dim": self.intermediate_dim,
+            "key_dim": self.key_dim,
+            "num_key_value_heads": self.num_key_value_heads,
+            "attention": self.attention,
+            "sliding_window": self.sliding_window,
+            "num_features": self.num_features,
+            "feature_map": self.feature_map,
+            "qk_norm": self.qk_norm,
+            "rotary_max_wavelength": self.rotary_max_wavelength,
+            "gated": self.gated,
+            "activation": keras.activations.serialize(self.activation),
+            "dropout": self.dropout,
+            "attention_dropout": self.attention_dropout,
+            "layer_norm_epsilon": self.layer_norm_epsilon,
+            "use_bias": self.use_bias,
+            "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
+            "seed": self.seed,
+        }

@@ -1,0 +1,181 @@
+"""Streaming and memories of `PerformerAttention`, for feature attention and both baselines."""
+
+import itertools
+
+import keras
+import numpy as np
+import pytest
+from gradients import call
+from tolerances import assert_close, to_numpy
+
+from keras_performer.layers import PerformerAttention
+
+KINDS = {
+    "performer": {"num_features": 24},
+    "relu": {"feature_map": "relu", "num_features": 24},
+    "softmax": {"feature_map": None},
+    "sliding_window": {"sliding_window": 5},
+}
+BATCH, WIDTH = 2, 11
+
+
+def make_layer(kind, **options):
+    layer = PerformerAttention(
+        **{
+            "num_heads": 4,
+            "key_dim": 6,
+            "num_key_value_heads": 2,
+            "qk_norm": True,
+            "seed": 1,
+            **KINDS[kind],
+            **options,
+        }
+    )
+    layer.build((None, None, WIDTH), (None, None, WIDTH))
+    return layer
+
+
+def make_inputs(length, seed=0):
+    return np.random.default_rng(seed).standard_normal((BATCH, length, WIDTH)).astype("float32")
+
+
+def left_padded(length, padding):
+    mask = np.ones((BATCH, length), bool)
+    mask[0, :padding] = False
+    return mask
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("padding", [0, 2, 8])
+@pytest.mark.parametrize("splits", [(7,), (1, 2, 3, 12)])
+def test_a_causal_stream_equals_one_call(kind, padding, splits):
+    # With 8 tokens of padding the first chunks of a row hold nothing but padding.
+    layer = make_layer(kind, rotary_max_wavelength=100)
+    x, mask = make_inputs(17), left_padded(17, padding)
+    expected = to_numpy(call(layer, x, x, key_mask=mask, use_causal_mask=True))
+    state, outputs = layer.initial_state(BATCH, 17), []
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    for start, stop in itertools.pairwise((0, *splits, 17)):
+        part = x[:, start:stop]
+        output, state = call(
+            layer,
+            part,
+            part,
+            key_mask=mask[:, start:stop],
+            use_causal_mask=True,
+            initial_state=state,
+            return_state=True,
+        )
+        assert {name: tuple(tensor.shape) for name, tensor in state.items()} == shapes
+        outputs.append(to_numpy(output))
+    np.testing.assert_array_equal(to_numpy(state["position"]), [17 - padding, 17])
+    outputs = np.concatenate(outputs, axis=1)
+    assert_close(outputs[0, padding:], expected[0, padding:], "layer")
+    assert_close(outputs[1], expected[1], "layer")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bidirectional_stream_sees_each_chunk_and_those_before(kind):
+    layer = make_layer(kind, rotary_max_wavelength=100)
+    x = make_inputs(12)
+    state = layer.initial_state(BATCH, 12)
+    for stop in (5, 6, 12):
+        start = {5: 0, 6: 5, 12: 6}[stop]
+        part, before = x[:, start:stop], x[:, :stop]
+        output, state = call(layer, part, part, initial_state=state, return_state=True)
+        expected = to_numpy(call(layer, before, before))[:, start:]
+        assert_close(output, expected, "layer")
+    assert (
+        np.abs(
+            to_numpy(call(layer, x, x))[:, :5] - to_numpy(call(layer, before, before))[:, :5]
+        ).max()
+        == 0
+    )
+
+
+@pytest.mark.parametrize("kind", ["performer", "relu", "softmax"])
+def test_reading_a_memory_equals_one_call(kind):
+    layer = make_layer(kind, use_gate=True)
+    query, value = make_inputs(7), make_inputs(13, seed=1)
+    mask = np.random.default_rng(3).random((BATCH, 13)) > 0.4
+    expected = call(layer, query, value, key_mask=mask)
+    memory = layer.memory(value, mask)
+    assert_close(call(layer.read, query, memory), expected, "layer")
+    for t in range(7):
+        output = call(layer.read, query[:, t : t + 1], memory)
+        assert_close(output, to_numpy(expected)[:, t : t + 1], "layer")
+    assert_close(call(layer.read, query, layer.memory(value)), call(layer, query, value), "layer")
+
+
+def test_the_state_of_feature_attention_does_not_grow():
+    layer = make_layer("performer")
+    sizes = []
+    for length in (3, 300):
+        x = make_inputs(length)
+        _, state = call(layer, x, x, use_causal_mask=True, return_state=True)
+        sizes.append({name: tuple(tensor.shape) for name, tensor in state.items()})
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_symbolic_state_has_the_shapes_of_the_real_one(kind):
+    layer = make_layer(kind)
+    x = make_inputs(3)
+    state = layer.initial_state(BATCH, 6)
+    symbols = {
+        name: keras.KerasTensor(tuple(tensor.shape), keras.backend.standardize_dtype(tensor.dtype))
+        for name, tensor in state.items()
+    }
+    spec, state_spec = layer.compute_output_spec(
+        keras.KerasTensor(x.shape),
+        keras.KerasTensor(x.shape),
+        initial_state=symbols,
+        return_state=True,
+    )
+    output, state = layer(x, x, use_causal_mask=True, initial_state=state, return_state=True)
+    assert tuple(spec.shape) == tuple(output.shape)
+    for name, tensor in state.items():
+        assert tuple(state_spec[name].shape) == tuple(tensor.shape), name
+        assert state_spec[name].dtype == keras.backend.standardize_dtype(tensor.dtype), name
+
+
+def test_softmax_attention_equals_that_of_keras():
+    ours = PerformerAttention(4, 6, feature_map=None)
+    theirs = keras.layers.MultiHeadAttention(4, 6)
+    x = make_inputs(9)
+    for layer in (ours, theirs):
+        layer.build(x.shape, x.shape)
+    assert len(ours.weights) == len(theirs.weights)
+    ours.set_weights(theirs.get_weights())
+    for causal in (False, True):
+        expected = theirs(x, x, use_causal_mask=causal)
+        assert_close(ours(x, x, use_causal_mask=causal), expected, "layer")
+    _, expected = theirs(x, x, return_attention_scores=True)
+    assert_close(ours(x, x, return_attention_scores=True)[1], expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_baselines_share_every_other_weight(kind):
+    names = [w.path.split("/", 1)[1] for w in make_layer(kind).weights]
+    assert (
+        names
+        == [
+            name
+            for name in (w.path.split("/", 1)[1] for w in make_layer("performer").weights)
+            if kind == "performer" or not name.startswith("feature_map") or kind == "relu"
+        ][: len(names)]
+    )
+
+
+def test_what_a_state_cannot_have_is_refused():
+    x = make_inputs(3)
+    with pytest.raises(ValueError, match="not built"):
+        PerformerAttention(2, 4).initial_state(1)
+    with pytest.raises(ValueError, match="with max_length"):
+        make_layer("softmax").initial_state(BATCH)
+    with pytest.raises(ValueError, match="Exact attention needs a state to start from"):
+        make_layer("softmax")(x, x, return_state=True)
+    with pytest.raises(ValueError, match="without attention scores"):
+        make_layer("performer")(x, x, return_state=True, return_attention_scores=True)
+    with pytest.raises(ValueError, match="rotary_max_wavelength=100"):
+        make_layer("performer", rotary_max_wavelength=100).memory(x)
