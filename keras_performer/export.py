@@ -116,11 +116,11 @@ def _check_target(target: Path, format: str) -> None:
 def _load(preset: str) -> keras.Model:
     """Load the task in a preset, or the backbone where there is no task."""
     import keras_performer.models  # noqa: F401 - registers the classes that a preset names
-    from keras_performer.models._load_preset import check_files
+    from keras_performer.models._load_preset import check_files, has_head
     from keras_performer.presets import preset_path
 
     folder = Path(preset) if os.path.isdir(preset) else preset_path(preset)
-    check_files(folder, wants_weights=True, is_task=True)
+    check_files(folder, wants_weights=True, has_head=False)
     file = folder / ("task.json" if (folder / "task.json").is_file() else "config.json")
     name = json.loads(file.read_text(encoding="utf-8"))["registered_name"]
     model_class = keras.saving.get_registered_object(name)
@@ -129,6 +129,7 @@ def _load(preset: str) -> keras.Model:
             f"The preset {str(folder)!r} holds a model of class {name!r}, which is not known here. "
             "Import the package that defines it, load the model, and pass the model."
         )
+    check_files(folder, wants_weights=True, has_head=has_head(model_class))
     return model_class.from_preset(str(folder))
 
 

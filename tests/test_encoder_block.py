@@ -29,6 +29,9 @@ NON_DEFAULT = {
     "layer_norm_epsilon": 1e-4,
     "use_bias": False,
     "kernel_initializer": "zeros",
+    "attention": "sliding_window",
+    "sliding_window": 5,
+    "remat": True,
     "seed": 3,
 }
 

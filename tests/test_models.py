@@ -41,6 +41,10 @@ NON_DEFAULT = {
     "layer_norm_epsilon": 1e-4,
     "use_bias": False,
     "kernel_initializer": "zeros",
+    "attention": "sliding_window",
+    "sliding_window": 9,
+    "tie_weights": False,
+    "remat": True,
     "seed": 3,
 }
 

@@ -73,6 +73,7 @@ def test_causal_splits_equal_one_call(window, splits):
     length = 23
     query, key, value = make_qkv(length)
     mask = make_mask(BATCH, length)
+    mask[:, [stop - 1 for stop in splits]] = True  # padding at a chunk's end is not counted
     expected = expected_output(
         query, key, value, causal=True, key_mask=mask, window=window or EVERYTHING
     )
@@ -113,6 +114,28 @@ def test_bidirectional_chunks_see_themselves_and_what_came_before(window, size):
             *(x[:, :stop] for x in (query, key, value)), window=window or EVERYTHING
         )
         assert_close(output, whole[:, chunk])
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_padding_at_the_end_takes_no_room(window):
+    query, key, value = make_qkv(9)
+    mask = np.arange(6) < np.array([[2], [5]])
+    capacity = 9 if window is None else window - 1
+    state = empty_softmax_state(BATCH, capacity, KEY_HEADS, HEAD_DIM, VALUE_DIM, "float32")
+    options = {"causal": True, "sliding_window": window, "return_state": True}
+    for start, stop, key_mask in ((0, 6, mask), (6, 7, mask[:, :1] & False), (6, 9, None)):
+        part = (x[:, start:stop] for x in (query, key, value))
+        output, state = call(
+            softmax_attention, *part, key_mask=key_mask, initial_state=state, **options
+        )
+    for row, length in enumerate((2, 5)):
+        kept = [*range(length), 6, 7, 8]
+        alone = expected_output(
+            *(np.repeat(x[row : row + 1, kept], BATCH, axis=0) for x in (query, key, value)),
+            causal=True,
+            window=window or EVERYTHING,
+        )
+        assert_close(to_numpy(output)[row], alone[0, length:])
 
 
 def test_a_state_that_is_too_small_forgets_the_first_keys():

@@ -1,8 +1,11 @@
 """What the encoder and the decoder block share: arguments, sublayers and residual branches."""
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
+from keras import ops
+from keras.src.backend import get_keras_mask
 
 from keras_performer.layers._arguments import (
     check_attention,
@@ -11,6 +14,7 @@ from keras_performer.layers._arguments import (
     positive_int,
     split_width,
 )
+from keras_performer.layers._recomputed import recomputed
 from keras_performer.layers.performer_attention import PerformerAttention
 
 
@@ -41,6 +45,7 @@ class PerformerBlock(keras.layers.Layer):
         layer_norm_epsilon: float = 1e-5,
         use_bias: bool = True,
         kernel_initializer: Any = "glorot_uniform",
+        remat: bool = False,
         seed: int | None = None,
         **kwargs: Any,
     ):
@@ -77,6 +82,7 @@ class PerformerBlock(keras.layers.Layer):
         self.layer_norm_epsilon = layer_norm_epsilon
         self.use_bias = use_bias
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.remat = remat
         self.seed = seed
 
     def _build_block(self, shape: tuple[int | None, ...]) -> None:
@@ -165,6 +171,18 @@ class PerformerBlock(keras.layers.Layer):
             name=name,
         )
 
+    def _key_mask(self, inputs: Any, padding_mask: Any) -> Any:
+        """What takes part by `padding_mask` and by the Keras mask of `inputs`, or None for all."""
+        masks = [m for m in (padding_mask, get_keras_mask(inputs)) if m is not None]
+        masks = [ops.cast(mask, "bool") for mask in masks]
+        return ops.logical_and(*masks) if len(masks) == 2 else masks[0] if masks else None
+
+    def _run(self, function: Callable[..., Any], training: bool | None, *tensors: Any) -> Any:
+        """`function(*tensors)`; with `remat`, training keeps the tensors only."""
+        if self.remat and training:
+            return recomputed(function, self.variables, *tensors)
+        return function(*tensors)
+
     def _feed_forward(self, hidden: Any, training: bool | None) -> Any:
         """The feed-forward branch of `hidden`, without the residual."""
         x = self.feedforward_norm(hidden)
@@ -217,5 +235,6 @@ class PerformerBlock(keras.layers.Layer):
             "layer_norm_epsilon": self.layer_norm_epsilon,
             "use_bias": self.use_bias,
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
+            "remat": self.remat,
             "seed": self.seed,
         }

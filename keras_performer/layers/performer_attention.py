@@ -740,17 +740,19 @@ def _first(mask: Any) -> Any:
 
 
 def _continue(key: Any, mask: Any, state: dict[str, Any] | None) -> tuple[Any, Any]:
-    """The positions of these tokens (B, T), and that of the next one (B,), after `state`."""
+    """The positions of these tokens (B, T) after `state`, and that of the next one (B,).
+
+    The next one follows a row's last unmasked token, so rows may be padded at their end.
+    """
     batch, length = ops.shape(key)[:2]
     seen = ops.zeros((batch,), "int32") if state is None else state["position"]
-    first, starts = ops.zeros((batch,), "int32"), ops.ones((batch,), "bool")
-    if mask is not None:
-        first = _first(mask)
-        starts = ops.any(mask, axis=-1 if len(mask.shape) == 2 else (1, 2))
+    if mask is None:
+        return _distances(length, -seen), ops.cast(seen + length, "int32")
+    mask = ops.any(mask, axis=1) if len(mask.shape) == 3 else mask
+    last = length - _first(ops.flip(mask, axis=1))
     # A row that has begun goes on; one that has not begins at its first token.
-    begun = seen > 0
-    first = ops.where(begun, -seen, first)
-    following = ops.where(ops.logical_or(begun, starts), length - first, 0)
+    first = ops.where(seen > 0, -seen, _first(mask))
+    following = ops.where(ops.any(mask, axis=1), last - first, seen)
     return _distances(length, first), ops.cast(following, "int32")
 
 

@@ -3,7 +3,6 @@
 from typing import Any
 
 import keras
-from keras import ops
 
 from keras_performer.layers._performer_block import PerformerBlock
 
@@ -112,33 +111,41 @@ class PerformerDecoderBlock(PerformerBlock):
         **Returns** (B, T, D), or a pair of it and the state.
         """
         self._check_encoder(encoder_outputs)
-        key_mask = None if padding_mask is None else ops.cast(padding_mask, "bool")
-        # The norm hands the Keras mask of `inputs` on, and attention takes it as its value mask.
-        x = self.self_attention_norm(inputs)
-        x = self.self_attention(
-            x,
-            x,
-            key_mask=key_mask,
-            use_causal_mask=True,
-            segment_ids=segment_ids,
-            positions=positions,
-            initial_state=initial_state,
-            return_state=return_state,
-            training=training,
-        )
-        x, state = x if return_state else (x, None)
-        hidden = inputs + self.self_attention_dropout(x, training=training)
-        if self.cross_attention:
-            x = self.cross_attention_norm(hidden)
-            if isinstance(encoder_outputs, dict):
-                x = self.encoder_attention.read(x, encoder_outputs)
-            else:
-                x = self.encoder_attention(
-                    x, encoder_outputs, key_mask=encoder_padding_mask, training=training
-                )
-            hidden = hidden + self.cross_attention_dropout(x, training=training)
-        output = hidden + self._feed_forward(hidden, training)
-        return (output, state) if return_state else output
+        key_mask = self._key_mask(inputs, padding_mask)
+        memory = encoder_outputs if isinstance(encoder_outputs, dict) else None
+        if self.cross_attention and memory is None:
+            encoder_padding_mask = self._key_mask(encoder_outputs, encoder_padding_mask)
+
+        def block(inputs: Any, encoder_outputs: Any = None) -> Any:
+            x = self.self_attention_norm(inputs)
+            x = self.self_attention(
+                x,
+                x,
+                key_mask=key_mask,
+                use_causal_mask=True,
+                segment_ids=segment_ids,
+                positions=positions,
+                initial_state=initial_state,
+                return_state=return_state,
+                training=training,
+            )
+            x, state = x if return_state else (x, None)
+            hidden = inputs + self.self_attention_dropout(x, training=training)
+            if self.cross_attention:
+                x = self.cross_attention_norm(hidden)
+                if memory is not None:
+                    x = self.encoder_attention.read(x, memory)
+                else:
+                    x = self.encoder_attention(
+                        x, encoder_outputs, key_mask=encoder_padding_mask, training=training
+                    )
+                hidden = hidden + self.cross_attention_dropout(x, training=training)
+            output = hidden + self._feed_forward(hidden, training)
+            return (output, state) if return_state else output
+
+        if memory is not None or not self.cross_attention:
+            return self._run(block, training, inputs)
+        return self._run(block, training, inputs, encoder_outputs)
 
     def encoder_memory(self, encoder_outputs: Any, encoder_padding_mask: Any = None) -> Any:
         """What `call` takes in place of `encoder_outputs`, made once for many calls."""

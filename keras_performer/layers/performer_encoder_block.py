@@ -3,7 +3,6 @@
 from typing import Any
 
 import keras
-from keras import ops
 
 from keras_performer.layers._performer_block import PerformerBlock
 
@@ -41,6 +40,8 @@ class PerformerEncoderBlock(PerformerBlock):
         layer_norm_epsilon: Epsilon of the two layer normalisations.
         use_bias: Whether the dense layers have biases.
         kernel_initializer: Initializer of every kernel.
+        remat: Whether training keeps the input of the block only, and computes the rest again in
+            the backward pass: less memory, about a third more time.
         seed: Seed of the random features and of dropout. Weights draw from `kernel_initializer`.
         **kwargs: `name`, `dtype` and `trainable` of the layer.
 
@@ -100,20 +101,23 @@ class PerformerEncoderBlock(PerformerBlock):
 
         **Returns** (B, T, D), or a pair of it and the state.
         """
-        key_mask = None if padding_mask is None else ops.cast(padding_mask, "bool")
-        # The norm hands the Keras mask of `inputs` on, and attention takes it as its value mask.
-        x = self.self_attention_norm(inputs)
-        x = self.self_attention(
-            x,
-            x,
-            key_mask=key_mask,
-            segment_ids=segment_ids,
-            positions=positions,
-            initial_state=initial_state,
-            return_state=return_state,
-            training=training,
-        )
-        x, state = x if return_state else (x, None)
-        hidden = inputs + self.self_attention_dropout(x, training=training)
-        output = hidden + self._feed_forward(hidden, training)
-        return (output, state) if return_state else output
+        key_mask = self._key_mask(inputs, padding_mask)
+
+        def block(inputs: Any) -> Any:
+            x = self.self_attention_norm(inputs)
+            x = self.self_attention(
+                x,
+                x,
+                key_mask=key_mask,
+                segment_ids=segment_ids,
+                positions=positions,
+                initial_state=initial_state,
+                return_state=return_state,
+                training=training,
+            )
+            x, state = x if return_state else (x, None)
+            hidden = inputs + self.self_attention_dropout(x, training=training)
+            output = hidden + self._feed_forward(hidden, training)
+            return (output, state) if return_state else output
+
+        return self._run(block, training, inputs)

@@ -39,7 +39,7 @@ def load_by_name(cls: _Class) -> _Class:
         folder = Path(preset) if os.path.isdir(preset) else preset_path(preset)
         load_weights = args[0] if args else kwargs.get("load_weights", True)
         wants_weights = issubclass(cls, keras.Model) and load_weights
-        check_files(folder, wants_weights, issubclass(cls, keras_hub.models.Task))
+        check_files(folder, wants_weights, has_head(cls))
         try:
             return load(cls, str(folder), *args, **kwargs)
         except FileNotFoundError as error:
@@ -53,20 +53,26 @@ def load_by_name(cls: _Class) -> _Class:
     return cls
 
 
-def check_files(folder: Path, wants_weights: bool, is_task: bool) -> None:
+def has_head(cls: type) -> bool:
+    """Whether models of a class have weights of their own beside those of their backbone."""
+    headless = (keras_hub.models.CausalLM, keras_hub.models.Seq2SeqLM)
+    return issubclass(cls, keras_hub.models.Task) and not issubclass(cls, headless)
+
+
+def check_files(folder: Path, wants_weights: bool, has_head: bool) -> None:
     """Raise ValueError unless the needed files exist and every JSON file can be parsed.
 
     **Args**
         folder: A local preset.
         wants_weights: Whether weights are to be loaded.
-        is_task: Whether a task is wanted, and not its backbone alone.
+        has_head: Whether a task with weights of its own is wanted, and not its backbone alone.
 
     **Raises** ValueError; the message names the file.
     """
     needed: list[tuple[str, ...]] = [("config.json",)]
     if wants_weights:
         needed.append(("model.weights.h5", "model.weights.json"))
-        if is_task and (folder / "task.json").is_file():
+        if has_head and (folder / "task.json").is_file():
             # keras-hub would leave the head at random values without a word.
             needed.append(("task.weights.h5",))
     for names in needed:

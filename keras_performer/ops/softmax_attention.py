@@ -34,9 +34,11 @@ def softmax_attention(
 
     **Returns** (B, T, N, V), of the type of `query`; with `return_state=True` a pair of it and the
     state, a dictionary of `key` (B, L, K, H), `value` (B, L, K, V) and `key_mask` (B, L): the last
-    L keys, where L is that of `initial_state`. What no longer fits is forgotten.
+    L keys up to each row's last unmasked one, where L is that of `initial_state`. What no longer
+    fits is forgotten.
 
-    **Masking** A query that sees no key gives zeros.
+    **Masking** A query that sees no key gives zeros. Masked keys at the end of a call with a state
+    are padding: the next call's keys follow the last unmasked one.
 
     **Precision** That of `keras.ops.dot_product_attention` in the type of `query`; float32 with a
     window.
@@ -101,9 +103,15 @@ def softmax_attention(
         output = _dense(query, keys, values, visible)
     if not return_state:
         return output
-    start = ops.shape(keys)[1] - capacity
-    last = {"key": keys, "value": values, "key_mask": mask}
-    return output, {name: tensor[:, start:] for name, tensor in last.items()}
+    # Each row's state ends with its last unmasked key: padding behind it takes no room.
+    following = ops.shape(key)[1] - ops.argmax(ops.cast(ops.flip(key_mask, 1), "int32"), axis=1)
+    start = ops.cast(ops.where(ops.any(key_mask, axis=1), following, 0), "int32")
+    kept = ops.expand_dims(start, -1) + ops.arange(capacity, dtype="int32")
+    state = {
+        name: ops.take_along_axis(tensor, ops.reshape(kept, (-1, capacity, *ones)), axis=1)
+        for name, tensor, ones in (("key", keys, (1, 1)), ("value", values, (1, 1)))
+    }
+    return output, {**state, "key_mask": ops.take_along_axis(mask, kept, axis=1)}
 
 
 def empty_softmax_state(

@@ -1,0 +1,51 @@
+"""Run a layer so that its backward pass computes it again instead of keeping its results."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+
+
+def recomputed(
+    function: Callable[..., Any], variables: Sequence[keras.Variable], *tensors: Any
+) -> Any:
+    """Return `function(*tensors)`, of which only the tensors are kept for the backward pass.
+
+    `keras.remat` alone would draw other random numbers the second time on the TensorFlow and
+    PyTorch backends, where the states of seed generators have moved on by then, and the gradients
+    would be those of another function. Here every variable is an argument, and the states that the
+    first run leaves behind are assigned once, after it.
+
+    **Args**
+        function: Computes tensors from tensors and `variables`.
+        variables: All that `function` reads or changes.
+        *tensors: Its arguments, floating point.
+
+    **Returns** What `function` returns.
+
+    **Example**
+
+    >>> dense = keras.layers.Dense(3)
+    >>> dense.build((None, 2))
+    >>> tuple(recomputed(dense, dense.variables, keras.ops.ones((5, 2))).shape)
+    (5, 3)
+
+    **Source** Chen et al. 2016, arXiv 1604.06174.
+    """
+    changing = [v for v in variables if not v.trainable]
+    lasting = [v for v in variables if v.trainable]
+
+    def pure(states: list[Any], weights: list[Any], *tensors: Any) -> tuple[Any, list[Any]]:
+        mapping = zip([*changing, *lasting], [*states, *weights], strict=True)
+        with keras.StatelessScope(state_mapping=mapping) as scope:
+            outputs = function(*tensors)
+        after = (scope.get_current_value(v) for v in changing)
+        return outputs, [s if new is None else new for s, new in zip(states, after, strict=True)]
+
+    # Copied, because PyTorch assigns in place.
+    states = [keras.ops.copy(v) for v in changing]
+    weights = [keras.ops.convert_to_tensor(v) for v in lasting]
+    outputs, after = keras.remat(pure)(states, weights, *tensors)
+    for variable, value in zip(changing, after, strict=True):
+        variable.assign(value)
+    return outputs

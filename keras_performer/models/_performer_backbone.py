@@ -1,0 +1,280 @@
+"""What the encoder and the decoder backbone share."""
+
+from typing import Any, ClassVar
+
+import keras
+import keras_hub
+
+from keras_performer.layers._arguments import (
+    check_attention,
+    dropout_rate,
+    positive_int,
+    split_width,
+)
+
+
+class PerformerBackbone(keras_hub.models.Backbone):
+    """The abstract backbone: embedding, blocks of `block_class`, a last norm.
+
+    **Args** Those that `PerformerEncoderBackbone` documents.
+    """
+
+    block_class: ClassVar[Any]
+
+    def __init__(
+        self,
+        vocabulary_size: int,
+        num_layers: int,
+        num_heads: int,
+        hidden_dim: int,
+        intermediate_dim: int,
+        key_dim: int | None = None,
+        num_key_value_heads: int | None = None,
+        attention: str = "performer",
+        sliding_window: int | None = None,
+        num_features: int | None = None,
+        feature_map: Any = "favor_plus",
+        qk_norm: bool = True,
+        position_embedding: str = "rotary",
+        max_sequence_length: int | None = None,
+        rotary_max_wavelength: float = 10000,
+        gated: bool = False,
+        activation: Any = "gelu",
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        layer_norm_epsilon: float = 1e-5,
+        use_bias: bool = True,
+        kernel_initializer: Any = "glorot_uniform",
+        tie_weights: bool = True,
+        remat: bool = False,
+        seed: int | None = None,
+        dtype: Any = None,
+        **kwargs: Any,
+    ):
+        vocabulary_size = positive_int("vocabulary_size", vocabulary_size)
+        num_layers = positive_int("num_layers", num_layers)
+        num_heads = positive_int("num_heads", num_heads)
+        hidden_dim = positive_int("hidden_dim", hidden_dim)
+        if position_embedding not in ("rotary", "learned"):
+            raise ValueError(
+                "`position_embedding` must be 'rotary' or 'learned'. Received: "
+                f"position_embedding={position_embedding!r}"
+            )
+        check_attention(attention, sliding_window)
+        rotary = position_embedding == "rotary"
+        if rotary and max_sequence_length is not None:
+            raise ValueError(
+                "Rotary positions have no longest length: leave out `max_sequence_length`, or pass "
+                f"position_embedding='learned'. Received: max_sequence_length={max_sequence_length}"
+            )
+        if not rotary:
+            max_sequence_length = positive_int("max_sequence_length", max_sequence_length)
+        if rotary and rotary_max_wavelength is None:
+            raise ValueError(
+                "Rotary positions need a longest wavelength. Received: rotary_max_wavelength=None, "
+                "position_embedding='rotary'"
+            )
+        split_width(hidden_dim, num_heads, rotary, key_dim)
+        dropout_rate("dropout", dropout)
+        if isinstance(feature_map, keras.layers.Layer):
+            feature_map = keras.saving.serialize_keras_object(feature_map)
+        kernel_initializer = keras.initializers.get(kernel_initializer)
+
+        # === Layers ===
+        self.token_embedding = keras_hub.layers.ReversibleEmbedding(
+            vocabulary_size,
+            hidden_dim,
+            tie_weights=tie_weights,
+            embeddings_initializer=keras.initializers.TruncatedNormal(stddev=0.02),
+            dtype=dtype,
+            name="token_embedding",
+        )
+        self.position_embedding_layer = None
+        if not rotary:
+            self.position_embedding_layer = keras_hub.layers.PositionEmbedding(
+                max_sequence_length,
+                initializer=keras.initializers.TruncatedNormal(stddev=0.02),
+                dtype=dtype,
+                name="position_embedding",
+            )
+            self.embeddings_add = keras.layers.Add(dtype=dtype, name="embeddings_add")
+        self.embeddings_dropout = keras.layers.Dropout(
+            dropout, seed=seed, dtype=dtype, name="embeddings_dropout"
+        )
+        self.transformer_layers = [
+            self.block_class(
+                num_heads=num_heads,
+                intermediate_dim=intermediate_dim,
+                key_dim=key_dim,
+                num_key_value_heads=num_key_value_heads,
+                attention=attention,
+                sliding_window=sliding_window,
+                num_features=num_features,
+                feature_map=feature_map,
+                qk_norm=qk_norm,
+                rotary_max_wavelength=rotary_max_wavelength if rotary else None,
+                gated=gated,
+                activation=activation,
+                dropout=dropout,
+                attention_dropout=attention_dropout,
+                layer_norm_epsilon=layer_norm_epsilon,
+                use_bias=use_bias,
+                kernel_initializer=kernel_initializer.clone(),
+                remat=remat,
+                # A block uses three seeds from its own on; the embedding's dropout is first.
+                seed=None if seed is None else seed + 1 + 3 * i,
+                dtype=dtype,
+                name=f"transformer_layer_{i}",
+            )
+            for i in range(num_layers)
+        ]
+        self.final_norm = keras.layers.LayerNormalization(
+            epsilon=layer_norm_epsilon, dtype=dtype, name="final_norm"
+        )
+
+        # === Functional model ===
+        token_ids = keras.Input(shape=(None,), dtype="int32", name="token_ids")
+        padding_mask = keras.Input(shape=(None,), dtype="int32", name="padding_mask")
+        x = self.token_embedding(token_ids)
+        if self.position_embedding_layer is not None:
+            x = self.embeddings_add((x, self.position_embedding_layer(x)))
+        x = self.embeddings_dropout(x)
+        for layer in self.transformer_layers:
+            x = layer(x, padding_mask=padding_mask)
+        self.max_sequence_length = max_sequence_length
+        super().__init__(
+            inputs={"token_ids": token_ids, "padding_mask": padding_mask},
+            outputs=self.final_norm(x),
+            dtype=dtype,
+            **kwargs,
+        )
+
+        # === Config ===
+        self.vocabulary_size = vocabulary_size
+        self.num_layers = num_layers
+        self.num_heads = num_heads
+        self.hidden_dim = hidden_dim
+        self.intermediate_dim = intermediate_dim
+        self.key_dim = key_dim
+        self.num_key_value_heads = num_key_value_heads
+        self.attention = attention
+        self.sliding_window = sliding_window
+        self.num_features = num_features
+        self.feature_map = feature_map
+        self.qk_norm = qk_norm
+        self.position_embedding = position_embedding
+        self.rotary_max_wavelength = rotary_max_wavelength
+        self.gated = gated
+        self.activation = keras.activations.get(activation)
+        self.dropout = dropout
+        self.attention_dropout = attention_dropout
+        self.layer_norm_epsilon = layer_norm_epsilon
+        self.use_bias = use_bias
+        self.kernel_initializer = kernel_initializer
+        self.tie_weights = tie_weights
+        self.remat = remat
+        self.seed = seed
+
+    def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
+        """Encode a dict of `token_ids` and `padding_mask`."""
+        # Learned positions end; the backends' own errors do not say what to do about it.
+        limit = self.max_sequence_length
+        length = keras.tree.flatten(inputs)[0].shape[1]
+        if limit is not None and length is not None and length > limit:
+            raise ValueError(
+                f"This model has learned positions for at most {limit} tokens. Received: inputs of "
+                f"length {length}. Cut the inputs (`sequence_length` of the preprocessor), or "
+                "build the model with a larger `max_sequence_length`."
+            )
+        return super().call(inputs, training=training, mask=mask)
+
+    def initial_state(self, batch_size: Any, max_length: int | None = None) -> list[dict[str, Any]]:
+        """The state before the first token, to start a stream or a decoding loop from.
+
+        **Args**
+            batch_size: B.
+            max_length: Number of tokens that attention="softmax" must be able to look back on.
+
+        **Returns** One dictionary of tensors for each block, with the batch first.
+        """
+        return [layer.initial_state(batch_size, max_length) for layer in self.transformer_layers]
+
+    def call_with_state(
+        self, inputs: dict[str, Any], state: list[dict[str, Any]]
+    ) -> tuple[Any, list[dict[str, Any]]]:
+        """Encode the next tokens of a stream, in inference mode.
+
+        A decoder gives what one call on the whole stream gives. An encoder's tokens see their own
+        chunk and the chunks before it (block-causal), which one call on the whole does not give.
+
+        **Args**
+            inputs: A dict of `token_ids` and `padding_mask` (B, T), of any length T. Padding may be
+                on the left before a row's first token, and on the right: the row goes on after its
+                last token.
+            state: From `initial_state` or an earlier call.
+
+        **Returns** The hidden states (B, T, D) and the state after these tokens, which with feature
+        attention and sliding windows has a size that does not depend on their number.
+
+        **Cost** As calling the model on T tokens, whatever came before.
+
+        **Example**
+
+        >>> model = PerformerDecoderBackbone(
+        ...     vocabulary_size=30, num_layers=1, num_heads=2, hidden_dim=8, intermediate_dim=16
+        ... )
+        >>> ids = keras.ops.ones((2, 5), "int32")
+        >>> chunk = {"token_ids": ids, "padding_mask": ids}
+        >>> state = model.initial_state(batch_size=2)
+        >>> hidden, state = model.call_with_state(chunk, state)
+        >>> hidden, state = model.call_with_state(chunk, state)
+        >>> [int(n) for n in state[0]["position"]]
+        [10, 10]
+        """
+        x = self.token_embedding(inputs["token_ids"])
+        if self.position_embedding_layer is not None:
+            index = keras.ops.arange(keras.ops.shape(x)[1], dtype="int32")
+            positions = keras.ops.expand_dims(state[0]["position"], -1) + index
+            x = self.embeddings_add((x, self.position_embedding_layer(x, positions=positions)))
+        after = []
+        for layer, before in zip(self.transformer_layers, state, strict=True):
+            x, layer_state = layer(
+                x,
+                padding_mask=inputs["padding_mask"],
+                initial_state=before,
+                return_state=True,
+                training=False,
+            )
+            after.append(layer_state)
+        return self.final_norm(x), after
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the constructor's arguments."""
+        return {
+            **super().get_config(),
+            "vocabulary_size": self.vocabulary_size,
+            "num_layers": self.num_layers,
+            "num_heads": self.num_heads,
+            "hidden_dim": self.hidden_dim,
+            "intermediate_dim": self.intermediate_dim,
+            "key_dim": self.key_dim,
+            "num_key_value_heads": self.num_key_value_heads,
+            "attention": self.attention,
+            "sliding_window": self.sliding_window,
+            "num_features": self.num_features,
+            "feature_map": self.feature_map,
+            "qk_norm": self.qk_norm,
+            "position_embedding": self.position_embedding,
+            "max_sequence_length": self.max_sequence_length,
+            "rotary_max_wavelength": self.rotary_max_wavelength,
+            "gated": self.gated,
+            "activation": keras.activations.serialize(self.activation),
+            "dropout": self.dropout,
+            "attention_dropout": self.attention_dropout,
+            "layer_norm_epsilon": self.layer_norm_epsilon,
+            "use_bias": self.use_bias,
+            "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
+            "tie_weights": self.tie_weights,
+            "remat": self.remat,
+            "seed": self.seed,
+        }

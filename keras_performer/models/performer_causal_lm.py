@@ -1,0 +1,140 @@
+"""The generative language model."""
+
+from typing import Any
+
+import keras
+import keras_hub
+from keras import ops
+
+from keras_performer.models._load_preset import load_by_name
+from keras_performer.models.performer_causal_lm_preprocessor import PerformerCausalLMPreprocessor
+from keras_performer.models.performer_decoder_backbone import PerformerDecoderBackbone
+
+
+@load_by_name
+@keras.saving.register_keras_serializable(package="keras_performer")
+class PerformerCausalLM(keras_hub.models.CausalLM):
+    """A Performer decoder that predicts the next token, and generates in constant memory.
+
+    With a `preprocessor`, `fit`, `evaluate` and `predict` take raw strings, and `generate` turns
+    prompts into strings with any keras-hub sampler (`compile(sampler="top_k")`). Generation reads
+    the prompts up to the shortest one's end in one pass, then takes one token at a time. What it
+    carries from token to token is the state of the attention, whose size depends neither on the
+    position nor on the longest length: with a key-value cache it would grow with both.
+
+    **Shapes** Inputs: a dict of `token_ids` and `padding_mask`, both integers (B, T). Output:
+    logits (B, T, vocabulary_size).
+
+    **Args**
+        backbone: A `PerformerDecoderBackbone`.
+        preprocessor: A `PerformerCausalLMPreprocessor`, or None if inputs come prepared.
+        **kwargs: `name` of the model, and `compile=False` to leave it uncompiled.
+
+    **Returns** (calling the model) logits of the token that follows each place.
+
+    **Masking** As in `PerformerDecoderBackbone`. Prompts in one batch may differ in length.
+
+    **Precision** As the backbone's dtype policy; samplers work in float32.
+
+    **Cost** The backbone's, and O(T D vocabulary_size). A generated token costs the same at every
+    position.
+
+    **Example**
+
+    >>> backbone = PerformerDecoderBackbone(
+    ...     vocabulary_size=30, num_layers=1, num_heads=2, hidden_dim=8, intermediate_dim=16
+    ... )
+    >>> preprocessor = PerformerCausalLMPreprocessor(ProteinTokenizer(), sequence_length=12)
+    >>> model = PerformerCausalLM(backbone, preprocessor)
+    >>> model.compile(sampler="greedy", run_eagerly=True)
+    >>> model.generate(["MKT", "M"], max_length=8)[0][:3]
+    'MKT'
+
+    **Source** Choromanski et al. 2021, arXiv 2009.14794, for the attention; Katharopoulos et al.
+    2020, arXiv 2006.16236, section 3.4, for generation with a fixed-size state.
+    """
+
+    backbone_cls = PerformerDecoderBackbone
+    preprocessor_cls = PerformerCausalLMPreprocessor
+
+    def __init__(
+        self,
+        backbone: PerformerDecoderBackbone,
+        preprocessor: PerformerCausalLMPreprocessor | None = None,
+        **kwargs: Any,
+    ):
+        # === Layers ===
+        self.backbone = backbone
+        self.preprocessor = preprocessor
+
+        # === Functional model ===
+        hidden = backbone(backbone.input)
+        outputs = backbone.token_embedding(hidden, reverse=True)
+        super().__init__(inputs=backbone.input, outputs=outputs, **kwargs)
+
+    def initial_state(self, batch_size: Any, max_length: int | None = None) -> list[dict[str, Any]]:
+        """The state before the first token; see `PerformerDecoderBackbone.initial_state`."""
+        return self.backbone.initial_state(batch_size, max_length)
+
+    def call_with_state(
+        self, inputs: dict[str, Any], state: list[dict[str, Any]]
+    ) -> tuple[Any, Any, list[dict[str, Any]]]:
+        """Predict over the next tokens of a stream: one token, or a chunk.
+
+        **Args**
+            inputs: A dict of `token_ids` and `padding_mask` (B, T), of any length T.
+            state: From `initial_state` or an earlier call.
+
+        **Returns** The logits (B, T, vocabulary_size), the hidden states (B, T, D) and the state
+        after these tokens. Chunks in a row give what one call on all of them gives.
+        """
+        hidden, state = self.backbone.call_with_state(inputs, state)
+        return self.backbone.token_embedding(hidden, reverse=True), hidden, state
+
+    def generate_step(self, inputs: dict[str, Any], stop_token_ids: Any = None) -> dict[str, Any]:
+        """Generate after a batch of prompts; the compiled part of `generate`.
+
+        **Args**
+            inputs: A dict of `token_ids` and `padding_mask` (B, T): prompts, padded on the right to
+                the length T at which generation ends.
+            stop_token_ids: Tokens that end a row, or None to always go on to T.
+
+        **Returns** A dict of the same, with the tokens generated, and a mask that ends after the
+        first token that stops a row.
+        """
+        token_ids, padding_mask = inputs["token_ids"], inputs["padding_mask"]
+        batch_size, length = ops.shape(token_ids)
+        # The loop starts where the shortest prompt ends; it keeps the tokens of longer prompts.
+        index = ops.min(ops.sum(ops.cast(padding_mask, "int32"), axis=-1))
+        read = ops.broadcast_to(ops.arange(length, dtype="int32") < index - 1, (batch_size, length))
+        _, hidden_states, state = self.call_with_state(
+            {"token_ids": token_ids, "padding_mask": read}, self.initial_state(batch_size, length)
+        )
+
+        def next(prompt: Any, cache: Any, index: Any) -> tuple[Any, Any, Any]:
+            # Beams multiply the batch.
+            last = ops.slice(prompt, [0, index - 1], [ops.shape(prompt)[0], 1])
+            inputs = {"token_ids": last, "padding_mask": ops.ones_like(last)}
+            logits, hidden, cache = self.call_with_state(inputs, cache)
+            return ops.squeeze(logits, axis=1), ops.squeeze(hidden, axis=1), cache
+
+        token_ids = self.sampler(
+            next=next,
+            prompt=token_ids,
+            cache=state,
+            index=index,
+            mask=padding_mask,
+            stop_token_ids=stop_token_ids,
+            hidden_states=hidden_states,
+            model=self,
+        )
+        if stop_token_ids is None:
+            return {"token_ids": token_ids, "padding_mask": ops.ones_like(token_ids, "bool")}
+        stops = ops.zeros_like(token_ids, "bool")
+        for token_id in stop_token_ids:
+            stops = ops.logical_or(stops, ops.equal(token_ids, token_id))
+        # A stop token in the prompt does not end it.
+        stops = ops.logical_and(stops, ops.logical_not(ops.cast(padding_mask, "bool")))
+        stops = ops.cast(stops, "int32")
+        earlier = ops.cumsum(stops, axis=-1) - stops
+        return {"token_ids": token_ids, "padding_mask": ops.equal(earlier, 0)}

@@ -1,0 +1,43 @@
+"""Strings to inputs and labels of the causal language model, and tokens back to strings."""
+
+import keras
+import keras_hub
+
+from keras_performer.models._load_preset import load_by_name
+from keras_performer.models.performer_decoder_backbone import PerformerDecoderBackbone
+from keras_performer.models.protein_tokenizer import ProteinTokenizer
+
+
+@load_by_name
+@keras.saving.register_keras_serializable(package="keras_performer")
+class PerformerCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
+    """Tokenize strings, pack them to one length, and make each next token the label.
+
+    keras-hub's `CausalLMPreprocessor` for the Performer decoder; it also prepares prompts
+    (`generate_preprocess`) and turns generated tokens into strings (`generate_postprocess`).
+
+    **Shapes** B strings give `token_ids` and `padding_mask` (B, T), labels (B, T) and a sample
+    weight (B, T).
+
+    **Args**
+        tokenizer: A tokenizer with start, end and padding tokens.
+        sequence_length: Length T. What is longer is cut at its end.
+        add_start_token: Whether a start token comes first.
+        add_end_token: Whether an end token comes last, if there is room.
+        **kwargs: `name` of the layer.
+
+    **Returns** (calling the layer) `(x, y, sample_weight)`; the sample weight is 1 where the label
+    is a token and 0 where it is padding.
+
+    **Example**
+
+    >>> preprocessor = PerformerCausalLMPreprocessor(ProteinTokenizer(), sequence_length=6)
+    >>> x, y, sample_weight = preprocessor(["MKT"])
+    >>> x["token_ids"].tolist(), y.tolist()
+    ([[1, 15, 13, 21, 2, 0]], [[15, 13, 21, 2, 0, 0]])
+
+    **Source** The objective of autoregressive language models.
+    """
+
+    backbone_cls = PerformerDecoderBackbone
+    tokenizer_cls = ProteinTokenizer
