@@ -620,7 +620,9 @@ def run_litert(path: Path, x: dict[str, np.ndarray]) -> np.ndarray:
     if importlib.util.find_spec("ai_edge_litert") is not None:
         from ai_edge_litert.interpreter import Interpreter
     else:
-        from tensorflow.lite import Interpreter  # pyright: ignore[reportMissingImports]
+        import tensorflow as tf
+
+        Interpreter = tf.lite.Interpreter  # a lazy module: it cannot be imported from
     return Interpreter(model_path=str(path)).get_signature_runner("serve")(**x)["logits"]
 
 

@@ -6,6 +6,11 @@ from keras_performer.models.performer_decoder_backbone import PerformerDecoderBa
 from keras_performer.models.performer_encoder_backbone import PerformerEncoderBackbone
 from keras_performer.models.performer_masked_lm import PerformerMaskedLM
 from keras_performer.models.performer_masked_lm_preprocessor import PerformerMaskedLMPreprocessor
+from keras_performer.models.performer_seq_2_seq_backbone import PerformerSeq2SeqBackbone
+from keras_performer.models.performer_seq_2_seq_lm import PerformerSeq2SeqLM
+from keras_performer.models.performer_seq_2_seq_lm_preprocessor import (
+    PerformerSeq2SeqLMPreprocessor,
+)
 from keras_performer.models.protein_tokenizer import ProteinTokenizer
 
 __all__ = [
@@ -15,5 +20,8 @@ __all__ = [
     "PerformerEncoderBackbone",
     "PerformerMaskedLM",
     "PerformerMaskedLMPreprocessor",
+    "PerformerSeq2SeqBackbone",
+    "PerformerSeq2SeqLM",
+    "PerformerSeq2SeqLMPreprocessor",
     "ProteinTokenizer",
 ]

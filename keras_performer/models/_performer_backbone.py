@@ -14,12 +14,13 @@ from keras_performer.layers._arguments import (
 
 
 class PerformerBackbone(keras_hub.models.Backbone):
-    """The abstract backbone: embedding, blocks of `block_class`, a last norm.
+    """The abstract backbone: arguments and their checks, the embedding, and the making of blocks.
+
+    A subclass defines `_make_blocks`, which creates the stacks of blocks and the last norms, and
+    `_connect`, which returns the inputs and outputs of the functional model.
 
     **Args** Those that `PerformerEncoderBackbone` documents.
     """
-
-    block_class: ClassVar[Any]
 
     def __init__(
         self,
@@ -101,53 +102,36 @@ class PerformerBackbone(keras_hub.models.Backbone):
         self.embeddings_dropout = keras.layers.Dropout(
             dropout, seed=seed, dtype=dtype, name="embeddings_dropout"
         )
-        self.transformer_layers = [
-            self.block_class(
-                num_heads=num_heads,
-                intermediate_dim=intermediate_dim,
-                key_dim=key_dim,
-                num_key_value_heads=num_key_value_heads,
-                attention=attention,
-                sliding_window=sliding_window,
-                num_features=num_features,
-                feature_map=feature_map,
-                qk_norm=qk_norm,
-                rotary_max_wavelength=rotary_max_wavelength if rotary else None,
-                gated=gated,
-                activation=activation,
-                dropout=dropout,
-                attention_dropout=attention_dropout,
-                layer_norm_epsilon=layer_norm_epsilon,
-                use_bias=use_bias,
-                kernel_initializer=kernel_initializer.clone(),
-                remat=remat,
-                # A block uses three seeds from its own on; the embedding's dropout is first.
-                seed=None if seed is None else seed + 1 + 3 * i,
-                dtype=dtype,
-                name=f"transformer_layer_{i}",
-            )
-            for i in range(num_layers)
-        ]
-        self.final_norm = keras.layers.LayerNormalization(
-            epsilon=layer_norm_epsilon, dtype=dtype, name="final_norm"
+        self._make_blocks(
+            num_layers,
+            {
+                "num_heads": num_heads,
+                "intermediate_dim": intermediate_dim,
+                "key_dim": key_dim,
+                "num_key_value_heads": num_key_value_heads,
+                "attention": attention,
+                "sliding_window": sliding_window,
+                "num_features": num_features,
+                "feature_map": feature_map,
+                "qk_norm": qk_norm,
+                "rotary_max_wavelength": rotary_max_wavelength if rotary else None,
+                "gated": gated,
+                "activation": activation,
+                "dropout": dropout,
+                "attention_dropout": attention_dropout,
+                "layer_norm_epsilon": layer_norm_epsilon,
+                "use_bias": use_bias,
+                "kernel_initializer": kernel_initializer,
+                "remat": remat,
+                "seed": seed,
+                "dtype": dtype,
+            },
         )
 
         # === Functional model ===
-        token_ids = keras.Input(shape=(None,), dtype="int32", name="token_ids")
-        padding_mask = keras.Input(shape=(None,), dtype="int32", name="padding_mask")
-        x = self.token_embedding(token_ids)
-        if self.position_embedding_layer is not None:
-            x = self.embeddings_add((x, self.position_embedding_layer(x)))
-        x = self.embeddings_dropout(x)
-        for layer in self.transformer_layers:
-            x = layer(x, padding_mask=padding_mask)
         self.max_sequence_length = max_sequence_length
-        super().__init__(
-            inputs={"token_ids": token_ids, "padding_mask": padding_mask},
-            outputs=self.final_norm(x),
-            dtype=dtype,
-            **kwargs,
-        )
+        inputs, outputs = self._connect()
+        super().__init__(inputs=inputs, outputs=outputs, dtype=dtype, **kwargs)
 
         # === Config ===
         self.vocabulary_size = vocabulary_size
@@ -175,18 +159,106 @@ class PerformerBackbone(keras_hub.models.Backbone):
         self.remat = remat
         self.seed = seed
 
+    def _stack(
+        self, block_class: Any, name: str, num_layers: int, options: dict[str, Any], first: int = 0
+    ) -> list[Any]:
+        """Make blocks `name_0`, `name_1`, ...; the first is number `first` of the model."""
+        seed, initializer = options["seed"], options["kernel_initializer"]
+        return [
+            block_class(
+                **{
+                    **options,
+                    "kernel_initializer": initializer.clone(),
+                    # A block uses three seeds from its own on; the embedding's dropout is first.
+                    "seed": None if seed is None else seed + 1 + 3 * (first + i),
+                },
+                name=f"{name}_{i}",
+            )
+            for i in range(num_layers)
+        ]
+
+    def _norm(self, name: str, options: dict[str, Any]) -> keras.layers.Layer:
+        return keras.layers.LayerNormalization(
+            epsilon=options["layer_norm_epsilon"], dtype=options["dtype"], name=name
+        )
+
+    def _embed(self, token_ids: Any, start: Any = None) -> Any:
+        """Embed tokens at the places 0, 1, ..., or after the places `start` (B,)."""
+        x = self.token_embedding(token_ids)
+        if self.position_embedding_layer is None:
+            return x
+        if start is None:
+            return self.embeddings_add((x, self.position_embedding_layer(x)))
+        index = keras.ops.arange(keras.ops.shape(x)[1], dtype="int32")
+        positions = keras.ops.expand_dims(start, -1) + index
+        return self.embeddings_add((x, self.position_embedding_layer(x, positions=positions)))
+
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
-        """Encode a dict of `token_ids` and `padding_mask`."""
+        """Run the model on a dict of token ids and padding masks."""
         # Learned positions end; the backends' own errors do not say what to do about it.
         limit = self.max_sequence_length
-        length = keras.tree.flatten(inputs)[0].shape[1]
-        if limit is not None and length is not None and length > limit:
-            raise ValueError(
-                f"This model has learned positions for at most {limit} tokens. Received: inputs of "
-                f"length {length}. Cut the inputs (`sequence_length` of the preprocessor), or "
-                "build the model with a larger `max_sequence_length`."
-            )
+        for tensor in keras.tree.flatten(inputs) if limit is not None else ():
+            length = tensor.shape[1]
+            if length is not None and length > limit:
+                raise ValueError(
+                    f"This model has learned positions for at most {limit} tokens. Received: "
+                    f"inputs of length {length}. Cut the inputs (`sequence_length` of the "
+                    "preprocessor), or build the model with a larger `max_sequence_length`."
+                )
         return super().call(inputs, training=training, mask=mask)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the constructor's arguments."""
+        return {
+            **super().get_config(),
+            "vocabulary_size": self.vocabulary_size,
+            "num_layers": self.num_layers,
+            "num_heads": self.num_heads,
+            "hidden_dim": self.hidden_dim,
+            "intermediate_dim": self.intermediate_dim,
+            "key_dim": self.key_dim,
+            "num_key_value_heads": self.num_key_value_heads,
+            "attention": self.attention,
+            "sliding_window": self.sliding_window,
+            "num_features": self.num_features,
+            "feature_map": self.feature_map,
+            "qk_norm": self.qk_norm,
+            "position_embedding": self.position_embedding,
+            "max_sequence_length": self.max_sequence_length,
+            "rotary_max_wavelength": self.rotary_max_wavelength,
+            "gated": self.gated,
+            "activation": keras.activations.serialize(self.activation),
+            "dropout": self.dropout,
+            "attention_dropout": self.attention_dropout,
+            "layer_norm_epsilon": self.layer_norm_epsilon,
+            "use_bias": self.use_bias,
+            "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
+            "tie_weights": self.tie_weights,
+            "remat": self.remat,
+            "seed": self.seed,
+        }
+
+
+class PerformerStack(PerformerBackbone):
+    """The abstract backbone of one stack: blocks of `block_class`, a last norm, and a state."""
+
+    block_class: ClassVar[Any]
+
+    def _make_blocks(self, num_layers: int, options: dict[str, Any]) -> None:
+        self.transformer_layers = self._stack(
+            self.block_class, "transformer_layer", num_layers, options
+        )
+        self.final_norm = self._norm("final_norm", options)
+
+    def _connect(self) -> tuple[Any, Any]:
+        inputs = {
+            name: keras.Input(shape=(None,), dtype="int32", name=name)
+            for name in ("token_ids", "padding_mask")
+        }
+        x = self.embeddings_dropout(self._embed(inputs["token_ids"]))
+        for layer in self.transformer_layers:
+            x = layer(x, padding_mask=inputs["padding_mask"])
+        return inputs, self.final_norm(x)
 
     def initial_state(self, batch_size: Any, max_length: int | None = None) -> list[dict[str, Any]]:
         """The state before the first token, to start a stream or a decoding loop from.
@@ -231,11 +303,7 @@ class PerformerBackbone(keras_hub.models.Backbone):
         >>> [int(n) for n in state[0]["position"]]
         [10, 10]
         """
-        x = self.token_embedding(inputs["token_ids"])
-        if self.position_embedding_layer is not None:
-            index = keras.ops.arange(keras.ops.shape(x)[1], dtype="int32")
-            positions = keras.ops.expand_dims(state[0]["position"], -1) + index
-            x = self.embeddings_add((x, self.position_embedding_layer(x, positions=positions)))
+        x = self._embed(inputs["token_ids"], state[0]["position"])
         after = []
         for layer, before in zip(self.transformer_layers, state, strict=True):
             x, layer_state = layer(
@@ -247,34 +315,3 @@ class PerformerBackbone(keras_hub.models.Backbone):
             )
             after.append(layer_state)
         return self.final_norm(x), after
-
-    def get_config(self) -> dict[str, Any]:
-        """Return the constructor's arguments."""
-        return {
-            **super().get_config(),
-            "vocabulary_size": self.vocabulary_size,
-            "num_layers": self.num_layers,
-            "num_heads": self.num_heads,
-            "hidden_dim": self.hidden_dim,
-            "intermediate_dim": self.intermediate_dim,
-            "key_dim": self.key_dim,
-            "num_key_value_heads": self.num_key_value_heads,
-            "attention": self.attention,
-            "sliding_window": self.sliding_window,
-            "num_features": self.num_features,
-            "feature_map": self.feature_map,
-            "qk_norm": self.qk_norm,
-            "position_embedding": self.position_embedding,
-            "max_sequence_length": self.max_sequence_length,
-            "rotary_max_wavelength": self.rotary_max_wavelength,
-            "gated": self.gated,
-            "activation": keras.activations.serialize(self.activation),
-            "dropout": self.dropout,
-            "attention_dropout": self.attention_dropout,
-            "layer_norm_epsilon": self.layer_norm_epsilon,
-            "use_bias": self.use_bias,
-            "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
-            "tie_weights": self.tie_weights,
-            "remat": self.remat,
-            "seed": self.seed,
-        }

@@ -6,6 +6,7 @@ import keras
 import keras_hub
 from keras import ops
 
+from keras_performer.models._generation import compile_config, compile_with, generate_tokens
 from keras_performer.models._load_preset import load_by_name
 from keras_performer.models.performer_causal_lm_preprocessor import PerformerCausalLMPreprocessor
 from keras_performer.models.performer_decoder_backbone import PerformerDecoderBackbone
@@ -72,6 +73,14 @@ class PerformerCausalLM(keras_hub.models.CausalLM):
         outputs = backbone.token_embedding(hidden, reverse=True)
         super().__init__(inputs=backbone.input, outputs=outputs, **kwargs)
 
+    def get_compile_config(self) -> dict[str, Any]:
+        """Return how the model was compiled, with its sampler."""
+        return compile_config(super().get_compile_config(), self.sampler)
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        """Compile as the saved model was."""
+        compile_with(self, config)
+
     def initial_state(self, batch_size: Any, max_length: int | None = None) -> list[dict[str, Any]]:
         """The state before the first token; see `PerformerDecoderBackbone.initial_state`."""
         return self.backbone.initial_state(batch_size, max_length)
@@ -102,39 +111,17 @@ class PerformerCausalLM(keras_hub.models.CausalLM):
         **Returns** A dict of the same, with the tokens generated, and a mask that ends after the
         first token that stops a row.
         """
-        token_ids, padding_mask = inputs["token_ids"], inputs["padding_mask"]
-        batch_size, length = ops.shape(token_ids)
-        # The loop starts where the shortest prompt ends; it keeps the tokens of longer prompts.
-        index = ops.min(ops.sum(ops.cast(padding_mask, "int32"), axis=-1))
-        read = ops.broadcast_to(ops.arange(length, dtype="int32") < index - 1, (batch_size, length))
-        _, hidden_states, state = self.call_with_state(
-            {"token_ids": token_ids, "padding_mask": read}, self.initial_state(batch_size, length)
-        )
 
-        def next(prompt: Any, cache: Any, index: Any) -> tuple[Any, Any, Any]:
-            # Beams multiply the batch.
-            last = ops.slice(prompt, [0, index - 1], [ops.shape(prompt)[0], 1])
-            inputs = {"token_ids": last, "padding_mask": ops.ones_like(last)}
-            logits, hidden, cache = self.call_with_state(inputs, cache)
-            return ops.squeeze(logits, axis=1), ops.squeeze(hidden, axis=1), cache
+        def read(token_ids: Any, mask: Any, state: Any) -> tuple[Any, Any, Any]:
+            return self.call_with_state({"token_ids": token_ids, "padding_mask": mask}, state)
 
-        token_ids = self.sampler(
-            next=next,
-            prompt=token_ids,
-            cache=state,
-            index=index,
-            mask=padding_mask,
-            stop_token_ids=stop_token_ids,
-            hidden_states=hidden_states,
-            model=self,
+        batch_size, length = ops.shape(inputs["token_ids"])
+        token_ids, padding_mask = generate_tokens(
+            self,
+            read,
+            inputs["token_ids"],
+            inputs["padding_mask"],
+            self.initial_state(batch_size, length),
+            stop_token_ids,
         )
-        if stop_token_ids is None:
-            return {"token_ids": token_ids, "padding_mask": ops.ones_like(token_ids, "bool")}
-        stops = ops.zeros_like(token_ids, "bool")
-        for token_id in stop_token_ids:
-            stops = ops.logical_or(stops, ops.equal(token_ids, token_id))
-        # A stop token in the prompt does not end it.
-        stops = ops.logical_and(stops, ops.logical_not(ops.cast(padding_mask, "bool")))
-        stops = ops.cast(stops, "int32")
-        earlier = ops.cumsum(stops, axis=-1) - stops
-        return {"token_ids": token_ids, "padding_mask": ops.equal(earlier, 0)}
+        return {"token_ids": token_ids, "padding_mask": padding_mask}

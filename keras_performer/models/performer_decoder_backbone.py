@@ -4,12 +4,12 @@ import keras
 
 from keras_performer.layers import PerformerDecoderBlock
 from keras_performer.models._load_preset import load_by_name
-from keras_performer.models._performer_backbone import PerformerBackbone
+from keras_performer.models._performer_backbone import PerformerStack
 
 
 @load_by_name
 @keras.saving.register_keras_serializable(package="keras_performer")
-class PerformerDecoderBackbone(PerformerBackbone):
+class PerformerDecoderBackbone(PerformerStack):
     """A causal model of long token sequences: embedding, pre-norm decoder blocks, a last norm.
 
     Use it as the body of generative language models. Token t sees tokens up to t. It is a

@@ -4,12 +4,12 @@ import keras
 
 from keras_performer.layers import PerformerEncoderBlock
 from keras_performer.models._load_preset import load_by_name
-from keras_performer.models._performer_backbone import PerformerBackbone
+from keras_performer.models._performer_backbone import PerformerStack
 
 
 @load_by_name
 @keras.saving.register_keras_serializable(package="keras_performer")
-class PerformerEncoderBackbone(PerformerBackbone):
+class PerformerEncoderBackbone(PerformerStack):
     """An encoder of long token sequences: embedding, pre-norm Performer blocks, a last norm.
 
     Use it as the body of masked language models, classifiers and embedders. It is a functional

@@ -180,6 +180,8 @@ class ProteinTokenizer(keras_hub.tokenizers.Tokenizer):
 
             return tf.strings.reduce_join(tf.gather(tf.constant(self._id_to_text), inputs), axis=-1)
         if not isinstance(inputs, list | tuple):
+            if callable(to_list := getattr(inputs, "to_list", None)):  # a ragged tensor
+                return self._decode(to_list())
             if keras.ops.is_tensor(inputs):
                 inputs = keras.ops.convert_to_numpy(inputs)
             inputs = np.asarray(inputs).tolist()

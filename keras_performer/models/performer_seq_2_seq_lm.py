@@ -1,0 +1,111 @@
+"""The generative encoder-decoder model."""
+
+from typing import Any
+
+import keras
+import keras_hub
+
+from keras_performer.models._generation import compile_config, compile_with, generate_tokens
+from keras_performer.models._load_preset import load_by_name
+from keras_performer.models.performer_seq_2_seq_backbone import PerformerSeq2SeqBackbone
+from keras_performer.models.performer_seq_2_seq_lm_preprocessor import (
+    PerformerSeq2SeqLMPreprocessor,
+)
+
+
+@load_by_name
+@keras.saving.register_keras_serializable(package="keras_performer")
+class PerformerSeq2SeqLM(keras_hub.models.Seq2SeqLM):
+    """A Performer encoder-decoder that predicts the next token of the target.
+
+    With a `preprocessor`, `fit` takes dicts of `encoder_text` and `decoder_text`, and `generate`
+    turns source strings, or such dicts with a prompt for the decoder, into target strings with any
+    keras-hub sampler. The source is encoded once; from token to token the decoder carries a state
+    and a memory of the source, both of a fixed size (feature attention).
+
+    **Shapes** Inputs: as `PerformerSeq2SeqBackbone`. Output: logits (B, T, vocabulary_size).
+
+    **Args**
+        backbone: A `PerformerSeq2SeqBackbone`.
+        preprocessor: A `PerformerSeq2SeqLMPreprocessor`, or None if inputs come prepared.
+        **kwargs: `name` of the model, and `compile=False` to leave it uncompiled.
+
+    **Returns** (calling the model) logits of the token that follows each place of the decoder.
+
+    **Masking** As in `PerformerSeq2SeqBackbone`. Sources and prompts may differ in length.
+
+    **Precision** As the backbone's dtype policy; samplers work in float32.
+
+    **Cost** The backbone's, and O(T D vocabulary_size).
+
+    **Example**
+
+    >>> backbone = PerformerSeq2SeqBackbone(
+    ...     vocabulary_size=30, num_layers=1, num_heads=2, hidden_dim=8, intermediate_dim=16
+    ... )
+    >>> model = PerformerSeq2SeqLM(backbone)
+    >>> ids = np.ones((2, 5), "int32")
+    >>> x = {f"{side}_{name}": ids for side in ("encoder", "decoder")
+    ...      for name in ("token_ids", "padding_mask")}
+    >>> tuple(model(x).shape)
+    (2, 5, 30)
+
+    **Source** Vaswani et al. 2017, arXiv 1706.03762; Choromanski et al. 2021, arXiv 2009.14794.
+    """
+
+    backbone_cls = PerformerSeq2SeqBackbone
+    preprocessor_cls = PerformerSeq2SeqLMPreprocessor
+
+    def __init__(
+        self,
+        backbone: PerformerSeq2SeqBackbone,
+        preprocessor: PerformerSeq2SeqLMPreprocessor | None = None,
+        **kwargs: Any,
+    ):
+        # === Layers ===
+        self.backbone = backbone
+        self.preprocessor = preprocessor
+
+        # === Functional model ===
+        hidden = backbone(backbone.input)["decoder_sequence_output"]
+        outputs = backbone.token_embedding(hidden, reverse=True)
+        super().__init__(inputs=backbone.input, outputs=outputs, **kwargs)
+
+    def get_compile_config(self) -> dict[str, Any]:
+        """Return how the model was compiled, with its sampler."""
+        return compile_config(super().get_compile_config(), self.sampler)
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        """Compile as the saved model was."""
+        compile_with(self, config)
+
+    def generate_step(self, inputs: dict[str, Any], stop_token_ids: Any = None) -> dict[str, Any]:
+        """Generate after a batch of prompts; the compiled part of `generate`.
+
+        **Args**
+            inputs: As the model's, where the decoder's are prompts, padded on the right to the
+                length T at which generation ends.
+            stop_token_ids: Tokens that stop a row, or None to always go on to T.
+
+        **Returns** A dict of `decoder_token_ids` and `decoder_padding_mask` (B, T); the mask ends
+        after the first token that stops a row.
+        """
+        source_mask = inputs["encoder_padding_mask"]
+        encoded = self.backbone.encode(inputs["encoder_token_ids"], source_mask)
+        length = inputs["decoder_token_ids"].shape[1]
+
+        def read(token_ids: Any, mask: Any, state: Any) -> tuple[Any, Any, Any]:
+            hidden, state = self.backbone.call_with_state(
+                {"decoder_token_ids": token_ids, "decoder_padding_mask": mask}, state
+            )
+            return self.backbone.token_embedding(hidden, reverse=True), hidden, state
+
+        token_ids, padding_mask = generate_tokens(
+            self,
+            read,
+            inputs["decoder_token_ids"],
+            inputs["decoder_padding_mask"],
+            self.backbone.initial_state(encoded, source_mask, length),
+            stop_token_ids,
+        )
+        return {"decoder_token_ids": token_ids, "decoder_padding_mask": padding_mask}
