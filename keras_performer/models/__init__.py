@@ -1,5 +1,8 @@
 """keras-hub backbones, tasks, preprocessors and tokenizers built on FAVOR+ attention."""
 
+from keras_performer.models.byte_tokenizer import ByteTokenizer
+from keras_performer.models.dna_tokenizer import DNATokenizer
+from keras_performer.models.performer_byte_pair_tokenizer import PerformerBytePairTokenizer
 from keras_performer.models.performer_causal_lm import PerformerCausalLM
 from keras_performer.models.performer_causal_lm_preprocessor import PerformerCausalLMPreprocessor
 from keras_performer.models.performer_decoder_backbone import PerformerDecoderBackbone
@@ -11,9 +14,13 @@ from keras_performer.models.performer_seq_2_seq_lm import PerformerSeq2SeqLM
 from keras_performer.models.performer_seq_2_seq_lm_preprocessor import (
     PerformerSeq2SeqLMPreprocessor,
 )
+from keras_performer.models.performer_word_piece_tokenizer import PerformerWordPieceTokenizer
 from keras_performer.models.protein_tokenizer import ProteinTokenizer
 
 __all__ = [
+    "ByteTokenizer",
+    "DNATokenizer",
+    "PerformerBytePairTokenizer",
     "PerformerCausalLM",
     "PerformerCausalLMPreprocessor",
     "PerformerDecoderBackbone",
@@ -23,5 +30,6 @@ __all__ = [
     "PerformerSeq2SeqBackbone",
     "PerformerSeq2SeqLM",
     "PerformerSeq2SeqLMPreprocessor",
+    "PerformerWordPieceTokenizer",
     "ProteinTokenizer",
 ]
