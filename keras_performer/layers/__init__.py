@@ -3,5 +3,11 @@
 from keras_performer.layers.performer_attention import PerformerAttention
 from keras_performer.layers.performer_decoder_block import PerformerDecoderBlock
 from keras_performer.layers.performer_encoder_block import PerformerEncoderBlock
+from keras_performer.layers.reversible_stack import ReversibleStack
 
-__all__ = ["PerformerAttention", "PerformerDecoderBlock", "PerformerEncoderBlock"]
+__all__ = [
+    "PerformerAttention",
+    "PerformerDecoderBlock",
+    "PerformerEncoderBlock",
+    "ReversibleStack",
+]

@@ -1,7 +1,7 @@
 """What the encoder and the decoder block share: arguments, sublayers and residual branches."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import keras
 from keras import ops
@@ -21,10 +21,12 @@ from keras_performer.layers.performer_attention import PerformerAttention
 class PerformerBlock(keras.layers.Layer):
     """The abstract block: self-attention and a feed-forward part, each on a residual branch.
 
-    A subclass defines `build` and `call`.
+    A subclass defines `build`, `call`, and whether it is `causal`.
 
     **Args** Those that `PerformerEncoderBlock` documents.
     """
+
+    causal: ClassVar[bool]
 
     def __init__(
         self,
@@ -171,21 +173,42 @@ class PerformerBlock(keras.layers.Layer):
             name=name,
         )
 
-    def _key_mask(self, inputs: Any, padding_mask: Any) -> Any:
-        """What takes part by `padding_mask` and by the Keras mask of `inputs`, or None for all."""
-        masks = [m for m in (padding_mask, get_keras_mask(inputs)) if m is not None]
-        masks = [ops.cast(mask, "bool") for mask in masks]
-        return ops.logical_and(*masks) if len(masks) == 2 else masks[0] if masks else None
-
     def _run(self, function: Callable[..., Any], training: bool | None, *tensors: Any) -> Any:
         """`function(*tensors)`; with `remat`, training keeps the tensors only."""
         if self.remat and training:
             return recomputed(function, self.variables, *tensors)
         return function(*tensors)
 
-    def _feed_forward(self, hidden: Any, training: bool | None) -> Any:
-        """The feed-forward branch of `hidden`, without the residual."""
-        x = self.feedforward_norm(hidden)
+    def attend(
+        self,
+        x: Any,
+        *,
+        key_mask: Any = None,
+        segment_ids: Any = None,
+        positions: Any = None,
+        initial_state: dict[str, Any] | None = None,
+        return_state: bool = False,
+        training: bool | None = None,
+    ) -> tuple[Any, dict[str, Any] | None]:
+        """The branch of self-attention: what is added to the residual, and the state or None."""
+        x = self.self_attention_norm(x)
+        x = self.self_attention(
+            x,
+            x,
+            key_mask=key_mask,
+            use_causal_mask=self.causal,
+            segment_ids=segment_ids,
+            positions=positions,
+            initial_state=initial_state,
+            return_state=return_state,
+            training=training,
+        )
+        x, state = x if return_state else (x, None)
+        return self.self_attention_dropout(x, training=training), state
+
+    def feed_forward(self, x: Any, training: bool | None = None) -> Any:
+        """The feed-forward branch: what is added to the residual."""
+        x = self.feedforward_norm(x)
         inner = self.feedforward_intermediate(x)
         if self.feedforward_gate is not None:
             inner = inner * self.feedforward_gate(x)
@@ -238,3 +261,10 @@ class PerformerBlock(keras.layers.Layer):
             "remat": self.remat,
             "seed": self.seed,
         }
+
+
+def merge_masks(inputs: Any, padding_mask: Any) -> Any:
+    """What takes part by `padding_mask` and by the Keras mask of `inputs`, or None for all."""
+    masks = [m for m in (padding_mask, get_keras_mask(inputs)) if m is not None]
+    masks = [ops.cast(mask, "bool") for mask in masks]
+    return ops.logical_and(*masks) if len(masks) == 2 else masks[0] if masks else None

@@ -4,7 +4,7 @@ from typing import Any
 
 import keras
 
-from keras_performer.layers._performer_block import PerformerBlock
+from keras_performer.layers._performer_block import PerformerBlock, merge_masks
 
 
 @keras.saving.register_keras_serializable(package="keras_performer")
@@ -51,6 +51,8 @@ class PerformerDecoderBlock(PerformerBlock):
     **Source** Choromanski et al. 2021, arXiv 2009.14794, for the attention; the block is pre-norm
     (Xiong et al. 2020, arXiv 2002.04745), where the paper's models are post-norm.
     """
+
+    causal = True
 
     def __init__(
         self, num_heads: int, intermediate_dim: int, *, cross_attention: bool = False, **kwargs: Any
@@ -111,41 +113,49 @@ class PerformerDecoderBlock(PerformerBlock):
         **Returns** (B, T, D), or a pair of it and the state.
         """
         self._check_encoder(encoder_outputs)
-        key_mask = self._key_mask(inputs, padding_mask)
+        key_mask = merge_masks(inputs, padding_mask)
         memory = encoder_outputs if isinstance(encoder_outputs, dict) else None
         if self.cross_attention and memory is None:
-            encoder_padding_mask = self._key_mask(encoder_outputs, encoder_padding_mask)
+            encoder_padding_mask = merge_masks(encoder_outputs, encoder_padding_mask)
 
-        def block(inputs: Any, encoder_outputs: Any = None) -> Any:
-            x = self.self_attention_norm(inputs)
-            x = self.self_attention(
-                x,
-                x,
+        def block(inputs: Any, encoder_outputs: Any = memory) -> Any:
+            x, state = self.attend(
+                inputs,
                 key_mask=key_mask,
-                use_causal_mask=True,
                 segment_ids=segment_ids,
                 positions=positions,
                 initial_state=initial_state,
                 return_state=return_state,
                 training=training,
             )
-            x, state = x if return_state else (x, None)
-            hidden = inputs + self.self_attention_dropout(x, training=training)
+            hidden = inputs + x
             if self.cross_attention:
-                x = self.cross_attention_norm(hidden)
-                if memory is not None:
-                    x = self.encoder_attention.read(x, memory)
-                else:
-                    x = self.encoder_attention(
-                        x, encoder_outputs, key_mask=encoder_padding_mask, training=training
-                    )
-                hidden = hidden + self.cross_attention_dropout(x, training=training)
-            output = hidden + self._feed_forward(hidden, training)
+                hidden = hidden + self.attend_encoder(
+                    hidden, encoder_outputs, encoder_padding_mask, training
+                )
+            output = hidden + self.feed_forward(hidden, training)
             return (output, state) if return_state else output
 
         if memory is not None or not self.cross_attention:
             return self._run(block, training, inputs)
         return self._run(block, training, inputs, encoder_outputs)
+
+    def attend_encoder(
+        self,
+        x: Any,
+        encoder_outputs: Any,
+        encoder_padding_mask: Any = None,
+        training: bool | None = None,
+    ) -> Any:
+        """The branch of cross-attention, to outputs or a memory: what is added to the residual."""
+        x = self.cross_attention_norm(x)
+        if isinstance(encoder_outputs, dict):
+            x = self.encoder_attention.read(x, encoder_outputs)
+        else:
+            x = self.encoder_attention(
+                x, encoder_outputs, key_mask=encoder_padding_mask, training=training
+            )
+        return self.cross_attention_dropout(x, training=training)
 
     def encoder_memory(self, encoder_outputs: Any, encoder_padding_mask: Any = None) -> Any:
         """What `call` takes in place of `encoder_outputs`, made once for many calls."""

@@ -4,7 +4,7 @@ from typing import Any
 
 import keras
 
-from keras_performer.layers._performer_block import PerformerBlock
+from keras_performer.layers._performer_block import PerformerBlock, merge_masks
 
 
 @keras.saving.register_keras_serializable(package="keras_performer")
@@ -72,6 +72,8 @@ class PerformerEncoderBlock(PerformerBlock):
     (Xiong et al. 2020, arXiv 2002.04745), where the paper's models are post-norm.
     """
 
+    causal = False
+
     def build(self, inputs_shape: tuple[int | None, ...]) -> None:
         """Create the sublayers for inputs (B, T, D)."""
         self._build_block(inputs_shape)
@@ -101,13 +103,11 @@ class PerformerEncoderBlock(PerformerBlock):
 
         **Returns** (B, T, D), or a pair of it and the state.
         """
-        key_mask = self._key_mask(inputs, padding_mask)
+        key_mask = merge_masks(inputs, padding_mask)
 
         def block(inputs: Any) -> Any:
-            x = self.self_attention_norm(inputs)
-            x = self.self_attention(
-                x,
-                x,
+            x, state = self.attend(
+                inputs,
                 key_mask=key_mask,
                 segment_ids=segment_ids,
                 positions=positions,
@@ -115,9 +115,8 @@ class PerformerEncoderBlock(PerformerBlock):
                 return_state=return_state,
                 training=training,
             )
-            x, state = x if return_state else (x, None)
-            hidden = inputs + self.self_attention_dropout(x, training=training)
-            output = hidden + self._feed_forward(hidden, training)
+            hidden = inputs + x
+            output = hidden + self.feed_forward(hidden, training)
             return (output, state) if return_state else output
 
         return self._run(block, training, inputs)
