@@ -44,7 +44,8 @@ NON_DEFAULT = {
     "attention": "sliding_window",
     "sliding_window": 9,
     "tie_weights": False,
-    "remat": True,
+    "remat": False,
+    "reversible": True,
     "seed": 3,
 }
 

@@ -42,7 +42,7 @@ def make_inputs(source_length=7, target_length=11):
     }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["performer", "sliding_window", "reversible"])
 def test_padding_of_the_source_does_not_matter(kind):
     model = make_model(**KINDS[kind])
     inputs = make_inputs()
@@ -66,7 +66,7 @@ def test_the_future_of_the_target_does_not_matter():
     assert np.abs(after - before)[:, 6:].max() > 0.1
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["performer", "sliding_window", "reversible"])
 def test_decoding_with_a_state_equals_one_call(kind):
     backbone = make_backbone(PerformerSeq2SeqBackbone, **KINDS[kind])
     inputs = make_inputs()

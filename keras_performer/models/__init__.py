@@ -2,6 +2,7 @@
 
 from keras_performer.models.byte_tokenizer import ByteTokenizer
 from keras_performer.models.dna_tokenizer import DNATokenizer
+from keras_performer.models.gene_expression_embedding import GeneExpressionEmbedding
 from keras_performer.models.performer_byte_pair_tokenizer import PerformerBytePairTokenizer
 from keras_performer.models.performer_causal_lm import PerformerCausalLM
 from keras_performer.models.performer_causal_lm_preprocessor import PerformerCausalLMPreprocessor
@@ -14,12 +15,21 @@ from keras_performer.models.performer_seq_2_seq_lm import PerformerSeq2SeqLM
 from keras_performer.models.performer_seq_2_seq_lm_preprocessor import (
     PerformerSeq2SeqLMPreprocessor,
 )
+from keras_performer.models.performer_sequence_classifier import PerformerSequenceClassifier
+from keras_performer.models.performer_sequence_classifier_preprocessor import (
+    PerformerSequenceClassifierPreprocessor,
+)
+from keras_performer.models.performer_token_classifier import PerformerTokenClassifier
+from keras_performer.models.performer_token_classifier_preprocessor import (
+    PerformerTokenClassifierPreprocessor,
+)
 from keras_performer.models.performer_word_piece_tokenizer import PerformerWordPieceTokenizer
 from keras_performer.models.protein_tokenizer import ProteinTokenizer
 
 __all__ = [
     "ByteTokenizer",
     "DNATokenizer",
+    "GeneExpressionEmbedding",
     "PerformerBytePairTokenizer",
     "PerformerCausalLM",
     "PerformerCausalLMPreprocessor",
@@ -30,6 +40,10 @@ __all__ = [
     "PerformerSeq2SeqBackbone",
     "PerformerSeq2SeqLM",
     "PerformerSeq2SeqLMPreprocessor",
+    "PerformerSequenceClassifier",
+    "PerformerSequenceClassifierPreprocessor",
+    "PerformerTokenClassifier",
+    "PerformerTokenClassifierPreprocessor",
     "PerformerWordPieceTokenizer",
     "ProteinTokenizer",
 ]

@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 import keras
 import keras_hub
 
+from keras_performer.layers import ReversibleStack
 from keras_performer.layers._arguments import (
     check_attention,
     dropout_rate,
@@ -48,6 +49,7 @@ class PerformerBackbone(keras_hub.models.Backbone):
         kernel_initializer: Any = "glorot_uniform",
         tie_weights: bool = True,
         remat: bool = False,
+        reversible: bool = False,
         seed: int | None = None,
         dtype: Any = None,
         **kwargs: Any,
@@ -74,6 +76,11 @@ class PerformerBackbone(keras_hub.models.Backbone):
             raise ValueError(
                 "Rotary positions need a longest wavelength. Received: rotary_max_wavelength=None, "
                 "position_embedding='rotary'"
+            )
+        if remat and reversible:
+            raise ValueError(
+                "`reversible` computes again what `remat` would: choose one. Received: remat=True, "
+                "reversible=True"
             )
         split_width(hidden_dim, num_heads, rotary, key_dim)
         dropout_rate("dropout", dropout)
@@ -102,6 +109,7 @@ class PerformerBackbone(keras_hub.models.Backbone):
         self.embeddings_dropout = keras.layers.Dropout(
             dropout, seed=seed, dtype=dtype, name="embeddings_dropout"
         )
+        self.reversible = reversible
         self._make_blocks(
             num_layers,
             {
@@ -177,6 +185,42 @@ class PerformerBackbone(keras_hub.models.Backbone):
             for i in range(num_layers)
         ]
 
+    def _run(self, stack: str, inputs: Any, *encoder_outputs: Any, **masks: Any) -> Any:
+        """Run the blocks of one stack, in a row or on two streams."""
+        blocks = getattr(self, f"{stack}_layers")
+        if self.reversible:
+            reversible = ReversibleStack(
+                blocks, dtype=blocks[0].dtype_policy, name=f"{stack}_reversible"
+            )
+            setattr(self, f"{stack}_reversible", reversible)
+            return reversible(inputs, *encoder_outputs, **masks)
+        for block in blocks:
+            inputs = block(inputs, *encoder_outputs, **masks)
+        return inputs
+
+    def _run_with_state(
+        self, stack: str, x: Any, state: list[Any], padding_mask: Any, memories: Any = None
+    ) -> tuple[Any, list[Any]]:
+        """Run the next tokens through the blocks of one stack, in inference mode."""
+        if self.reversible:
+            parts = [{"self_attention": part} for part in state]
+            for part, memory in zip(parts, memories or (), strict=memories is not None):
+                part["memory"] = memory
+            x, after = getattr(self, f"{stack}_reversible").call_with_state(x, parts, padding_mask)
+            return x, [part["self_attention"] for part in after]
+        after = []
+        for i, block in enumerate(getattr(self, f"{stack}_layers")):
+            x, new = block(
+                x,
+                *(() if memories is None else (memories[i],)),
+                padding_mask=padding_mask,
+                initial_state=state[i],
+                return_state=True,
+                training=False,
+            )
+            after.append(new)
+        return x, after
+
     def _norm(self, name: str, options: dict[str, Any]) -> keras.layers.Layer:
         return keras.layers.LayerNormalization(
             epsilon=options["layer_norm_epsilon"], dtype=options["dtype"], name=name
@@ -235,6 +279,7 @@ class PerformerBackbone(keras_hub.models.Backbone):
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
             "tie_weights": self.tie_weights,
             "remat": self.remat,
+            "reversible": self.reversible,
             "seed": self.seed,
         }
 
@@ -256,8 +301,7 @@ class PerformerStack(PerformerBackbone):
             for name in ("token_ids", "padding_mask")
         }
         x = self.embeddings_dropout(self._embed(inputs["token_ids"]))
-        for layer in self.transformer_layers:
-            x = layer(x, padding_mask=inputs["padding_mask"])
+        x = self._run("transformer", x, padding_mask=inputs["padding_mask"])
         return inputs, self.final_norm(x)
 
     def initial_state(self, batch_size: Any, max_length: int | None = None) -> list[dict[str, Any]]:
@@ -304,14 +348,5 @@ class PerformerStack(PerformerBackbone):
         [10, 10]
         """
         x = self._embed(inputs["token_ids"], state[0]["position"])
-        after = []
-        for layer, before in zip(self.transformer_layers, state, strict=True):
-            x, layer_state = layer(
-                x,
-                padding_mask=inputs["padding_mask"],
-                initial_state=before,
-                return_state=True,
-                training=False,
-            )
-            after.append(layer_state)
+        x, after = self._run_with_state("transformer", x, state, inputs["padding_mask"])
         return self.final_norm(x), after

@@ -30,6 +30,8 @@ class StringTokenizer(keras_hub.tokenizers.Tokenizer):
 
     def __init__(self, **kwargs: Any):
         super().__init__(**{"dtype": "int32", **kwargs})
+        # Else a task cannot be quantized before its tokenizer was first called.
+        self.built = True
         self.file_assets = [VOCABULARY_FILE]
         add_special_tokens(self)
 

@@ -40,3 +40,4 @@ class PerformerBytePairTokenizer(keras_hub.tokenizers.BytePairTokenizer):
     def __init__(self, vocabulary: Any = None, merges: Any = None, **kwargs: Any):
         add_special_tokens(self)
         super().__init__(vocabulary=vocabulary, merges=merges, **kwargs)
+        self.built = True  # as `StringTokenizer`

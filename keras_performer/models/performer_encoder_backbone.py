@@ -45,6 +45,9 @@ class PerformerEncoderBackbone(PerformerStack):
         tie_weights: Whether heads that predict tokens share the token embedding.
         remat: Whether each block keeps its input only, and computes the rest again in the backward
             pass: less memory, about a third more time.
+        reversible: Whether the blocks run on two streams that the backward pass computes again, see
+            `keras_performer.layers.ReversibleStack`. A model of its own: weights trained one way do
+            not fit the other.
         seed: Seed of the random features and of dropout; each block derives its own from it.
         dtype: Dtype or dtype policy of every layer, such as `"mixed_bfloat16"`.
         **kwargs: `name` and `trainable` of the model.

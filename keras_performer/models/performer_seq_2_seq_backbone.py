@@ -83,15 +83,17 @@ class PerformerSeq2SeqBackbone(PerformerBackbone):
                 "decoder_padding_mask",
             )
         }
-        encoded = self.encode(inputs["encoder_token_ids"], inputs["encoder_padding_mask"])
-        x = self.embeddings_dropout(self._embed(inputs["decoder_token_ids"]))
-        for layer in self.decoder_layers:
-            x = layer(
-                x,
-                encoded,
-                padding_mask=inputs["decoder_padding_mask"],
-                encoder_padding_mask=inputs["encoder_padding_mask"],
-            )
+        x = self.embeddings_dropout(self._embed(inputs["encoder_token_ids"]))
+        encoded = self.encoder_norm(
+            self._run("encoder", x, padding_mask=inputs["encoder_padding_mask"])
+        )
+        x = self._run(
+            "decoder",
+            self.embeddings_dropout(self._embed(inputs["decoder_token_ids"])),
+            encoded,
+            padding_mask=inputs["decoder_padding_mask"],
+            encoder_padding_mask=inputs["encoder_padding_mask"],
+        )
         outputs = {
             "encoder_sequence_output": encoded,
             "decoder_sequence_output": self.decoder_norm(x),
@@ -99,10 +101,14 @@ class PerformerSeq2SeqBackbone(PerformerBackbone):
         return inputs, outputs
 
     def encode(self, token_ids: Any, padding_mask: Any) -> Any:
-        """The encoder alone: (B, S) and (B, S) to (B, S, D)."""
-        x = self.embeddings_dropout(self._embed(token_ids))
+        """The encoder alone, in inference mode: (B, S) and (B, S) to (B, S, D)."""
+        x = self._embed(token_ids)
+        if self.reversible:
+            return self.encoder_norm(
+                self.encoder_reversible(x, padding_mask=padding_mask, training=False)
+            )
         for layer in self.encoder_layers:
-            x = layer(x, padding_mask=padding_mask)
+            x = layer(x, padding_mask=padding_mask, training=False)
         return self.encoder_norm(x)
 
     def initial_state(
@@ -141,15 +147,16 @@ class PerformerSeq2SeqBackbone(PerformerBackbone):
         give what one call on all of them gives.
         """
         x = self._embed(inputs["decoder_token_ids"], state[0]["self_attention"]["position"])
-        after = []
-        for layer, before in zip(self.decoder_layers, state, strict=True):
-            x, layer_state = layer(
-                x,
-                before["memory"],
-                padding_mask=inputs["decoder_padding_mask"],
-                initial_state=before["self_attention"],
-                return_state=True,
-                training=False,
-            )
-            after.append({"self_attention": layer_state, "memory": before["memory"]})
+        memories = [part["memory"] for part in state]
+        x, after = self._run_with_state(
+            "decoder",
+            x,
+            [part["self_attention"] for part in state],
+            inputs["decoder_padding_mask"],
+            memories,
+        )
+        after = [
+            {"self_attention": part, "memory": memory}
+            for part, memory in zip(after, memories, strict=True)
+        ]
         return self.decoder_norm(x), after

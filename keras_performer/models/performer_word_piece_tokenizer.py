@@ -39,3 +39,4 @@ class PerformerWordPieceTokenizer(keras_hub.tokenizers.WordPieceTokenizer):
         super().__init__(
             vocabulary=vocabulary, lowercase=lowercase, **{"oov_token": "<unk>", **kwargs}
         )
+        self.built = True  # as `StringTokenizer`

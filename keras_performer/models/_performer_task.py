@@ -1,0 +1,241 @@
+"""What the classifiers share: encoder or decoder bodies, and data that keras-hub does not take."""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import keras
+import keras_hub
+import numpy as np
+
+from keras_performer.models.performer_decoder_backbone import PerformerDecoderBackbone
+from keras_performer.models.performer_encoder_backbone import PerformerEncoderBackbone
+
+_Class = TypeVar("_Class", bound=type)
+
+
+def take_loaders(cls: _Class) -> _Class:
+    """Let `fit`, `evaluate` and `predict` of a keras-hub task take loaders of raw samples.
+
+    keras-hub's take arrays, `tf.data` and grain. A `keras.utils.PyDataset` and a PyTorch
+    `DataLoader` are taken by `keras.Model`, but only with batches that are prepared: here they are
+    preprocessed as they come. Not a base class: Keras refuses two paths to one base in functional
+    models.
+
+    **Args**
+        cls: A class of tasks.
+
+    **Returns** `cls`.
+    """
+    fit, evaluate, predict = cls.fit, cls.evaluate, cls.predict
+
+    @functools.wraps(fit)
+    def fit_loaders(
+        self: Any,
+        x: Any = None,
+        y: Any = None,
+        batch_size: int | None = None,
+        sample_weight: Any = None,
+        validation_data: Any = None,
+        validation_split: float | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        source = _prepared(self, x)
+        if source is None:
+            if _prepared(self, validation_data) is not None:
+                raise ValueError(
+                    "`validation_data` can be a PyDataset or a DataLoader only if `x` is one too. "
+                    f"Received: x of type {type(x).__name__}, validation_data of type "
+                    f"{type(validation_data).__name__}"
+                )
+            return fit(
+                self,
+                x,
+                y,
+                batch_size,
+                sample_weight,
+                validation_data=validation_data,
+                validation_split=validation_split,
+                **kwargs,
+            )
+        _refuse(
+            x,
+            y=y,
+            batch_size=batch_size,
+            sample_weight=sample_weight,
+            validation_split=validation_split,
+        )
+        if not isinstance(x, keras.utils.PyDataset):
+            kwargs["shuffle"] = False  # the loader does
+        validation = _prepared(self, validation_data)
+        if validation is None and validation_data is not None:
+            validation = _as_arrays(
+                self.preprocess_samples(*keras.utils.unpack_x_y_sample_weight(validation_data))
+            )
+        return keras.Model.fit(self, source, validation_data=validation, **kwargs)
+
+    @functools.wraps(evaluate)
+    def evaluate_loaders(
+        self: Any,
+        x: Any = None,
+        y: Any = None,
+        batch_size: int | None = None,
+        sample_weight: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        # What `fit` evaluates is prepared.
+        source = None if kwargs.get("_use_cached_eval_dataset") else _prepared(self, x)
+        if source is None:
+            return evaluate(self, x, y, batch_size, sample_weight, **kwargs)
+        _refuse(x, y=y, batch_size=batch_size, sample_weight=sample_weight)
+        return keras.Model.evaluate(self, source, **kwargs)
+
+    @functools.wraps(predict)
+    def predict_loaders(
+        self: Any, x: Any = None, batch_size: int | None = None, **kwargs: Any
+    ) -> Any:
+        source = _prepared(self, x)
+        if source is None:
+            return predict(self, x, batch_size, **kwargs)
+        _refuse(x, batch_size=batch_size)
+        return keras.Model.predict(self, source, **kwargs)
+
+    cls.fit, cls.evaluate, cls.predict = fit_loaders, evaluate_loaders, predict_loaders
+    return cls
+
+
+def class_for(cls: type, backbone: Any) -> type:
+    """The subclass of `cls` that is for the backbone's class, or `cls` itself.
+
+    keras-hub finds the class that loads a preset by the class of the preset's backbone, so a task
+    that takes several kinds needs a class for each.
+    """
+    if isinstance(backbone, cls.backbone_cls):
+        return cls
+    for subclass in cls.__subclasses__():
+        if isinstance(backbone, subclass.backbone_cls):
+            return subclass
+    return cls
+
+
+def _prepared(task: Any, x: Any) -> keras.utils.PyDataset | None:
+    if isinstance(x, keras.utils.PyDataset):
+        return _PreparedDataset(x, task.preprocess_samples)
+    if any(
+        base.__name__ == "DataLoader" and base.__module__.startswith("torch.utils.data")
+        for base in type(x).__mro__
+    ):
+        return _PreparedLoader(x, task.preprocess_samples)
+    return None
+
+
+class _PreparedDataset(keras.utils.PyDataset):
+    """A `PyDataset` whose batches are preprocessed."""
+
+    def __init__(self, dataset: keras.utils.PyDataset, preprocess: Callable[..., Any]):
+        super().__init__(
+            workers=dataset.workers,
+            use_multiprocessing=dataset.use_multiprocessing,
+            max_queue_size=dataset.max_queue_size,
+        )
+        self._dataset = dataset
+        self._preprocess = preprocess
+
+    @property
+    def num_batches(self) -> int | None:
+        return self._dataset.num_batches
+
+    def __len__(self) -> int:
+        return len(self._dataset)  # pyright: ignore[reportArgumentType]
+
+    def __getitem__(self, index: int) -> Any:
+        return _prepare(self._dataset[index], self._preprocess)
+
+    def on_epoch_begin(self) -> None:
+        self._dataset.on_epoch_begin()
+
+    def on_epoch_end(self) -> None:
+        self._dataset.on_epoch_end()
+
+
+class _PreparedLoader(keras.utils.PyDataset):
+    """The preprocessed batches of an iterable of known length, to be read in order."""
+
+    def __init__(self, loader: Any, preprocess: Callable[..., Any]):
+        super().__init__()
+        self._loader = loader
+        self._preprocess = preprocess
+        self._batches: Iterator[Any] = iter(())
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __getitem__(self, index: int) -> Any:
+        if index == 0:
+            self._batches = iter(self._loader)
+        return _prepare(next(self._batches), self._preprocess)
+
+
+def _refuse(x: Any, **arguments: Any) -> None:
+    given = [name for name, value in arguments.items() if value is not None]
+    if given:
+        raise ValueError(
+            f"A {type(x).__name__} holds the labels, the weights and the batches: leave out the "
+            f"other arguments. Received: {', '.join(given)}"
+        )
+
+
+def _prepare(batch: Any, preprocess: Callable[..., Any]) -> tuple[Any, ...]:
+    # PyTorch collates samples into a list.
+    batch = tuple(batch) if isinstance(batch, list | tuple) else (batch,)
+    if all(isinstance(item, str | bytes) for item in batch):
+        batch = (list(batch),)
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
+    prepared = preprocess(_strings(x), y=_array(y), sample_weight=_array(sample_weight))
+    return _as_arrays(prepared)
+
+
+def _strings(x: Any) -> Any:
+    """Lists of strings, in a tuple if there are several segments; arrays of anything else."""
+    if isinstance(x, dict):
+        return {name: _strings(value) for name, value in x.items()}
+    if isinstance(x, list | tuple):
+        if all(isinstance(item, str | bytes) for item in x):
+            return list(x)
+        return tuple(_strings(segment) for segment in x)
+    x = np.asarray(x)
+    return x.tolist() if x.dtype.kind in "USO" else x
+
+
+def _array(y: Any) -> Any:
+    # Not lists, which may be ragged.
+    return np.asarray(y) if callable(getattr(y, "__array__", None)) else y
+
+
+def _as_arrays(samples: Any) -> tuple[Any, ...]:
+    samples = samples if isinstance(samples, tuple) else (samples,)
+    return tuple(_as_array(item) for item in samples if item is not None)
+
+
+def _as_array(x: Any) -> Any:
+    if isinstance(x, dict):
+        return {name: _as_array(value) for name, value in x.items()}
+    if keras.ops.is_tensor(x):
+        return keras.ops.convert_to_numpy(x)
+    x = np.asarray(x)
+    # Python's numbers have 64 bits in NumPy.
+    return x.astype("float32") if x.dtype == "float64" else x
+
+
+def check_backbone(task: str, backbone: Any) -> None:
+    """Raise TypeError unless `backbone` is an encoder or a decoder of this package."""
+    if not isinstance(backbone, PerformerEncoderBackbone | PerformerDecoderBackbone):
+        raise TypeError(
+            f"{task} needs a PerformerEncoderBackbone or a PerformerDecoderBackbone. Received: "
+            f"backbone={backbone!r}"
+        )
+
+
+def head_dtype(backbone: keras_hub.models.Backbone) -> str:
+    """The dtype of heads: at least float32, so that logits are not rounded."""
+    return keras.backend.result_type(backbone.compute_dtype, "float32")
