@@ -1,5 +1,5 @@
-import io
 import importlib.util
+import io
 import json
 import re
 from typing import Any
