@@ -561,10 +561,10 @@ def _write_onnx(
             f"ONNX file; format='tf_saved_model' takes any model. The converter said: {error}"
         ) from error
     for value in proto.graph.input:
-        axes = ["batch", "places" if value.name == "mask_positions" else "length"]
-        for axis, name in zip(value.type.tensor_type.shape.dim, axes, strict=False):
+        for i, axis in enumerate(value.type.tensor_type.shape.dim):
             if not axis.dim_value:
-                axis.dim_param = name
+                # Equal names promise equal sizes: of the batch only.
+                axis.dim_param = f"{value.name}_axis_{i}" if i else "batch"
     onnx.save(proto, str(file))
 
 
