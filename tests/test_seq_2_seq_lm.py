@@ -119,6 +119,7 @@ def test_strings_in_strings_out(sampler):
         assert text.startswith(prompt)
 
 
+@pytest.mark.slow
 def test_learns_to_copy_from_strings():
     model = make_model(num_layers=1)
     model.compile("adam", sampler="greedy")
@@ -131,6 +132,7 @@ def test_learns_to_copy_from_strings():
     assert model.generate(["KKKK", "CCCC"]) == ["KKKK", "CCCC"]
 
 
+@pytest.mark.slow
 def test_a_preset_comes_back(tmp_path):
     model = make_model()
     inputs = make_inputs()

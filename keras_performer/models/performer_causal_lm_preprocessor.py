@@ -33,7 +33,7 @@ class PerformerCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
 
     >>> preprocessor = PerformerCausalLMPreprocessor(ProteinTokenizer(), sequence_length=6)
     >>> x, y, sample_weight = preprocessor(["MKT"])
-    >>> x["token_ids"].tolist(), y.tolist()
+    >>> np.asarray(x["token_ids"]).tolist(), np.asarray(y).tolist()
     ([[1, 15, 13, 21, 2, 0]], [[15, 13, 21, 2, 0, 0]])
 
     **Source** The objective of autoregressive language models.

@@ -40,7 +40,7 @@ class PerformerSequenceClassifierPreprocessor(keras_hub.models.TextClassifierPre
     ...     ProteinTokenizer(), sequence_length=6
     ... )
     >>> x, y = preprocessor(["MKT"], [1])
-    >>> sorted(x), x["token_ids"].tolist(), y
+    >>> sorted(x), np.asarray(x["token_ids"]).tolist(), y
     (['padding_mask', 'token_ids'], [[1, 15, 13, 21, 2, 0]], [1])
 
     **Source** Devlin et al. 2019, arXiv 1810.04805, for how segments are packed.
