@@ -34,18 +34,45 @@ def recomputed(
     """
     changing = [v for v in variables if not v.trainable]
     lasting = [v for v in variables if v.trainable]
+    # Copied, because PyTorch assigns in place.
+    states = [keras.ops.copy(v) for v in changing]
+    weights = [keras.ops.convert_to_tensor(v) for v in lasting]
+    outputs, after = keras.remat(pure(function, lasting, changing))(states, weights, *tensors)
+    for variable, value in zip(changing, after, strict=True):
+        variable.assign(value)
+    return outputs
 
-    def pure(states: list[Any], weights: list[Any], *tensors: Any) -> tuple[Any, list[Any]]:
+
+def pure(
+    function: Callable[..., Any],
+    lasting: Sequence[keras.Variable],
+    changing: Sequence[keras.Variable],
+) -> Callable[..., tuple[Any, list[Any]]]:
+    """Turn `function(*tensors)` into one of its variables too.
+
+    **Args**
+        function: Computes tensors from tensors and variables.
+        lasting: Variables that it reads.
+        changing: Variables that it may assign.
+
+    **Returns** A function of the values of `changing`, those of `lasting`, and the tensors. It
+    returns what `function` does and the values that it leaves in `changing`, and assigns nothing.
+
+    **Example**
+
+    >>> dense = keras.layers.Dense(3)
+    >>> dense.build((None, 2))
+    >>> zeros = [keras.ops.zeros((2, 3)), keras.ops.zeros((3,))]
+    >>> outputs, _ = pure(dense, dense.variables, [])([], zeros, keras.ops.ones((1, 2)))
+    >>> float(keras.ops.sum(outputs))
+    0.0
+    """
+
+    def run(states: Sequence[Any], weights: Sequence[Any], *tensors: Any) -> tuple[Any, list[Any]]:
         mapping = zip([*changing, *lasting], [*states, *weights], strict=True)
         with keras.StatelessScope(state_mapping=mapping) as scope:
             outputs = function(*tensors)
         after = (scope.get_current_value(v) for v in changing)
         return outputs, [s if new is None else new for s, new in zip(states, after, strict=True)]
 
-    # Copied, because PyTorch assigns in place.
-    states = [keras.ops.copy(v) for v in changing]
-    weights = [keras.ops.convert_to_tensor(v) for v in lasting]
-    outputs, after = keras.remat(pure)(states, weights, *tensors)
-    for variable, value in zip(changing, after, strict=True):
-        variable.assign(value)
-    return outputs
+    return run

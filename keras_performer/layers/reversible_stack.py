@@ -7,6 +7,7 @@ import keras
 from keras import ops
 
 from keras_performer.layers._performer_block import PerformerBlock, merge_masks
+from keras_performer.layers._recomputed import pure
 from keras_performer.ops._reversible import reversible
 
 
@@ -102,7 +103,7 @@ class ReversibleStack(keras.layers.Layer):
                 own = [v for layer in layers for v in layer.variables]
                 lasting = [v for v in own if v.trainable]
                 changing = [v for v in own if not v.trainable]
-                branches.append(_pure(function, lasting, changing, names))
+                branches.append(_branch(function, lasting, changing, names))
                 weights.append(tuple(ops.convert_to_tensor(v) for v in lasting))
                 # Copied, because PyTorch assigns in place.
                 states.append(tuple(ops.copy(v) for v in changing))
@@ -220,20 +221,14 @@ def _branches(block: Any, training: bool | None) -> list[tuple[Function, list[An
     return branches
 
 
-def _pure(function: Function, lasting: list[Any], changing: list[Any], names: list[str]) -> Any:
-    """`function` with its variables as arguments."""
+def _branch(function: Function, lasting: list[Any], changing: list[Any], names: list[str]) -> Any:
+    """`function` with its variables as arguments, as `reversible` takes it."""
+    run = pure(function, lasting, changing)
 
     def branch(x: Any, weights: Any, states: Any, extras: Any, constants: Any) -> Any:
-        mapping = zip([*lasting, *changing], [*weights, *states], strict=True)
-        with keras.StatelessScope(state_mapping=mapping) as scope:
-            delta = function(
-                x, extras[0] if extras else None, dict(zip(names, constants, strict=True))
-            )
-        new = (scope.get_current_value(variable) for variable in changing)
-        after = tuple(
-            state if value is None else value for state, value in zip(states, new, strict=True)
-        )
-        return ops.cast(delta, x.dtype), after
+        named = dict(zip(names, constants, strict=True))
+        delta, after = run(states, weights, x, extras[0] if extras else None, named)
+        return ops.cast(delta, x.dtype), tuple(after)
 
     return branch
 
