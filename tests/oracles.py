@@ -152,6 +152,47 @@ def softmax_attention_loop(
     return _average(query.shape[:3], value, visible, log_weight, heads_per_key)
 
 
+def windowed_attention_loop(
+    query: Array,
+    key: Array,
+    value: Array,
+    phi_log_q: Array,
+    phi_log_k: Array,
+    window: int,
+    num_sinks: int = 0,
+    *,
+    causal: bool = False,
+    key_mask: Array | None = None,
+    segment_ids: Array | None = None,
+) -> Array:
+    """Attention with the weights exp(q.k / sqrt(H)) for near keys, and features for the others.
+
+    A token's block is the number of tokens since its sequence's first unmasked one, divided by
+    `window` and rounded down; keys of the same and of neighbouring blocks are near, and so are the
+    first `num_sinks` keys of a sequence. Arguments otherwise as in `kernel_attention_loop`, with
+    query and key (B, T, N, H).
+    """
+    query, key = np.asarray(query, np.float64), np.asarray(key, np.float64)
+    batch, length = query.shape[:2]
+    runs = np.zeros((batch, length), int) if segment_ids is None else segment_runs(segment_ids)
+    mask = np.ones((batch, length), bool) if key_mask is None else np.asarray(key_mask, bool)
+    position = np.zeros((batch, length), int)
+    for b, t in np.ndindex(batch, length):
+        of_sequence = [s for s in range(length) if runs[b, s] == runs[b, t] and mask[b, s]]
+        position[b, t] = t - (of_sequence[0] if of_sequence else 0)
+
+    def log_weight(b: int, t: int, s: int, n: int) -> float:
+        near = abs(position[b, t] // window - position[b, s] // window) <= 1
+        if near or position[b, s] < num_sinks:
+            return float(np.dot(query[b, t, n], key[b, s, n])) / query.shape[3] ** 0.5
+        exponents = phi_log_q[b, t, n] + phi_log_k[b, s, n]
+        largest = np.max(exponents)
+        return float(largest + np.log(np.sum(np.exp(exponents - largest))))
+
+    visible = _visibility(query, key, causal, key_mask, segment_ids)
+    return _average(query.shape[:3], value, visible, log_weight, heads_per_value=1)
+
+
 def segment_runs(segment_ids: Array) -> Array:
     """Numbers the runs of equal ids of every row: 5, 5, 7, 5 becomes 0, 0, 1, 2."""
     runs = np.zeros(np.shape(segment_ids), int)

@@ -12,6 +12,7 @@ from keras_performer.layers import PerformerAttention
 
 KINDS = {
     "performer": {"num_features": 24},
+    "exact_window": {"num_features": 24, "exact_window": 3, "num_sink_tokens": 2},
     "relu": {"feature_map": "relu", "num_features": 24},
     "softmax": {"feature_map": None},
     "sliding_window": {"sliding_window": 5},
@@ -74,7 +75,7 @@ def test_a_causal_stream_equals_one_call(kind, padding, splits):
     assert_close(outputs[1], expected[1], "layer")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"exact_window"}))
 def test_a_bidirectional_stream_sees_each_chunk_and_those_before(kind):
     layer = make_layer(kind, rotary_max_wavelength=100)
     x = make_inputs(12)
@@ -91,6 +92,26 @@ def test_a_bidirectional_stream_sees_each_chunk_and_those_before(kind):
         ).max()
         == 0
     )
+
+
+def test_keys_of_earlier_chunks_are_far_to_an_encoder():
+    layer = make_layer("exact_window")
+    x = make_inputs(12)
+    head, tail = x[:, :5], x[:, 5:]
+    state = layer.initial_state(BATCH)
+    expected, state = call(layer, head, head, initial_state=state, return_state=True)
+    assert_close(expected, call(layer, head, head), "layer")
+    output, after = call(layer, tail, tail, initial_state=state, return_state=True)
+    assert {n: tuple(t.shape) for n, t in after.items()} == {
+        n: tuple(t.shape) for n, t in state.items()
+    }
+    plain = make_layer("performer")
+    plain.set_weights(layer.get_weights())
+    _, sums = call(plain, head, head, return_state=True)
+    alone = {name: state[name] for name in sums}
+    assert_close(output, call(layer, tail, tail, initial_state=alone), "layer")
+    whole = to_numpy(call(layer, x, x))[:, 5:]
+    assert np.abs(to_numpy(output) - whole).max() > 1e-3  # which sees some of them exactly
 
 
 @pytest.mark.parametrize("kind", ["performer", "relu", "softmax"])
@@ -162,7 +183,7 @@ def test_baselines_share_every_other_weight(kind):
         == [
             name
             for name in (w.path.split("/", 1)[1] for w in make_layer("performer").weights)
-            if kind == "performer" or not name.startswith("feature_map") or kind == "relu"
+            if kind not in ("softmax", "sliding_window") or not name.startswith("feature_map")
         ][: len(names)]
     )
 
@@ -177,5 +198,7 @@ def test_what_a_state_cannot_have_is_refused():
         make_layer("softmax")(x, x, return_state=True)
     with pytest.raises(ValueError, match="without attention scores"):
         make_layer("performer")(x, x, return_state=True, return_attention_scores=True)
+    with pytest.raises(ValueError, match="exact_window=3"):
+        make_layer("exact_window").memory(x)
     with pytest.raises(ValueError, match="rotary_max_wavelength=100"):
         make_layer("performer", rotary_max_wavelength=100).memory(x)

@@ -20,6 +20,7 @@ from keras_performer.models import (
 BACKEND = keras.config.backend()
 KINDS = {
     "performer": {},
+    "exact_window": {"exact_window": 3, "num_sink_tokens": 2},
     "relu": {"feature_map": "relu"},
     "learned": {"position_embedding": "learned", "max_sequence_length": 30},
     "softmax": {"attention": "softmax"},
@@ -164,7 +165,7 @@ def test_a_stream_of_chunks_equals_one_call(kind):
     assert_close(np.concatenate(outputs, axis=1), expected, "layer")
 
 
-@pytest.mark.parametrize("kind", ["performer", "learned", "softmax"])
+@pytest.mark.parametrize("kind", ["performer", "exact_window", "learned", "softmax"])
 def test_rows_of_different_length_go_on_after_their_last_token(kind):
     backbone = make_backbone(**KINDS[kind])
     token_ids = make_tokens(9)

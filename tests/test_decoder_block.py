@@ -11,6 +11,7 @@ from keras_performer.layers import PerformerDecoderBlock, PerformerEncoderBlock
 
 KINDS = {
     "performer": {},
+    "exact_window": {"exact_window": 2, "num_sink_tokens": 1},
     "softmax": {"attention": "softmax"},
     "sliding_window": {"attention": "sliding_window", "sliding_window": 4},
 }

@@ -31,6 +31,8 @@ NON_DEFAULT = {
     "kernel_initializer": "zeros",
     "attention": "sliding_window",
     "sliding_window": 5,
+    "exact_window": 4,
+    "num_sink_tokens": 1,
     "remat": True,
     "seed": 3,
 }

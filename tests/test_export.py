@@ -196,8 +196,16 @@ def test_prefill_and_step_generate_what_the_model_generates(format, generator):
 
 @written_here
 @litert
-def test_a_sliding_window_generates_too(tmp_path):
-    model = make_causal_lm(attention="sliding_window", sliding_window=5)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"attention": "sliding_window", "sliding_window": 5},
+        {"exact_window": 3, "num_sink_tokens": 2},
+    ],
+    ids=["sliding_window", "exact_window"],
+)
+def test_windows_generate_too(options, tmp_path):
+    model = make_causal_lm(**options)
     path = keras_performer.export(model, tmp_path / "model.tflite", format="litert")
     check_generation(model, open_artefact(path, "litert"))
 

@@ -43,6 +43,8 @@ NON_DEFAULT = {
     "kernel_initializer": "zeros",
     "attention": "sliding_window",
     "sliding_window": 9,
+    "exact_window": 6,
+    "num_sink_tokens": 2,
     "tie_weights": False,
     "remat": False,
     "reversible": True,

@@ -751,6 +751,8 @@ NON_DEFAULT = {
     "use_gate": True,
     "num_features": FEATURES,
     "feature_map": FavorPlus(22, hyperbolic=True, seed=4),
+    "exact_window": 5,
+    "num_sink_tokens": 2,
     "num_key_value_heads": 2,
     "qk_norm": True,
     "rotary_max_wavelength": 500.0,
@@ -766,12 +768,14 @@ def test_every_argument_is_in_the_config():
 
 @pytest.mark.parametrize("name", NON_DEFAULT)
 def test_config_round_trip(name):
-    options = {"num_heads": 4, "key_dim": 6, "seed": 1, name: NON_DEFAULT[name]}
-    layer = PerformerAttention(**options)
+    required = {"num_heads": 4, "key_dim": 6, "seed": 1}
+    if name == "num_sink_tokens":
+        required["exact_window"] = 3
+    layer = PerformerAttention(**{**required, name: NON_DEFAULT[name]})
     config = json.loads(json.dumps(layer.get_config()))
     twin = PerformerAttention.from_config(config)
     assert json.loads(json.dumps(twin.get_config())) == config
-    default = PerformerAttention(4, 6, seed=1, name=layer.name).get_config()
+    default = PerformerAttention(**required, name=layer.name).get_config()
     if name not in ("num_heads", "key_dim"):
         assert {n for n in config if config[n] != json.loads(json.dumps(default))[n]} == {name}
     x = make_inputs()
@@ -855,7 +859,12 @@ def test_masks_at_their_place_in_a_functional_model():
         ({"rotary_max_wavelength": -1.0}, r"must be positive"),
         ({"rotary_max_wavelength": 100.0, "key_dim": 5}, r"key_dim even.*key_dim=5"),
         ({"num_features": 0}, r"num_features must be a positive integer"),
-        ({"feature_map": "favour"}, r"one of \['elu', 'favor_plus', 'relu'\]"),
+        ({"exact_window": 0}, "`exact_window` must be an integer above zero"),
+        ({"num_sink_tokens": 2}, "needs an `exact_window`"),
+        ({"exact_window": 4, "feature_map": "relu"}, "does not estimate"),
+        ({"exact_window": 4, "sliding_window": 4}, "this layer's attention is exact"),
+        ({"exact_window": 4, "feature_map": None}, "this layer's attention is exact"),
+        ({"feature_map": "favour"}, r"one of \['elu', 'favor_plus', .*'relu'\]"),
         ({"feature_map": ELU(), "num_features": 5}, r"own number of features"),
     ],
 )

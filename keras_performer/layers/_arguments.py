@@ -58,6 +58,27 @@ def dropout_rate(name: str, value: float) -> float:
     return value
 
 
+def check_near_field(exact_window: int | None, num_sink_tokens: int) -> None:
+    """Raise a ValueError unless there is a window where there are sinks.
+
+    **Args**
+        exact_window: An integer above zero, or None.
+        num_sink_tokens: An integer of at least zero.
+
+    **Raises** ValueError otherwise.
+
+    **Example**
+
+    >>> check_near_field(64, 4)
+    """
+    whole = isinstance(num_sink_tokens, numbers.Integral) and not isinstance(num_sink_tokens, bool)
+    if not whole or num_sink_tokens < 0 or (num_sink_tokens and exact_window is None):
+        raise ValueError(
+            "`num_sink_tokens` must be an integer of at least 0, and needs an `exact_window`. "
+            f"Received: num_sink_tokens={num_sink_tokens!r}, exact_window={exact_window}"
+        )
+
+
 def split_width(hidden_dim: int, num_heads: int, rotary: bool, key_dim: int | None) -> int:
     """Return the head size H: `key_dim`, or an equal share of the width D.
 

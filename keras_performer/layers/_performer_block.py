@@ -9,6 +9,7 @@ from keras.src.backend import get_keras_mask
 
 from keras_performer.layers._arguments import (
     check_attention,
+    check_near_field,
     dropout_rate,
     optional_int,
     positive_int,
@@ -38,6 +39,8 @@ class PerformerBlock(keras.layers.Layer):
         sliding_window: int | None = None,
         num_features: int | None = None,
         feature_map: Any = "favor_plus",
+        exact_window: int | None = None,
+        num_sink_tokens: int = 0,
         qk_norm: bool = True,
         rotary_max_wavelength: float | None = 10000,
         gated: bool = False,
@@ -75,6 +78,9 @@ class PerformerBlock(keras.layers.Layer):
         if isinstance(feature_map, keras.layers.Layer):
             feature_map = keras.saving.serialize_keras_object(feature_map)
         self.feature_map = feature_map
+        self.exact_window = optional_int("exact_window", exact_window)
+        check_near_field(exact_window, num_sink_tokens)
+        self.num_sink_tokens = num_sink_tokens
         self.qk_norm = qk_norm
         self.rotary_max_wavelength = rotary_max_wavelength
         self.gated = gated
@@ -122,6 +128,10 @@ class PerformerBlock(keras.layers.Layer):
         """Self-attention of this block's kind, or cross-attention: without positions or window."""
         crosses = name == "cross_attention"
         wavelength = None if crosses else self.rotary_max_wavelength
+        near_field: dict[str, Any] = {}
+        if self.attention == "performer" and not crosses:
+            near_field["exact_window"] = self.exact_window
+            near_field["num_sink_tokens"] = self.num_sink_tokens
         attention = PerformerAttention(
             num_heads=self.num_heads,
             key_dim=split_width(
@@ -133,6 +143,7 @@ class PerformerBlock(keras.layers.Layer):
             kernel_initializer=self.kernel_initializer.clone(),
             num_features=self.num_features,
             feature_map=self.feature_map if self.attention == "performer" else None,
+            **near_field,
             num_key_value_heads=self.num_key_value_heads,
             qk_norm=self.qk_norm,
             rotary_max_wavelength=wavelength,
@@ -235,7 +246,9 @@ class PerformerBlock(keras.layers.Layer):
         output = keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
         if not return_state:
             return output
-        return output, self.self_attention.compute_state_spec(inputs.shape[0], initial_state)
+        return output, self.self_attention.compute_state_spec(
+            inputs.shape[0], initial_state, self.causal
+        )
 
     def get_config(self) -> dict[str, Any]:
         """Return the constructor's arguments."""
@@ -249,6 +262,8 @@ class PerformerBlock(keras.layers.Layer):
             "sliding_window": self.sliding_window,
             "num_features": self.num_features,
             "feature_map": self.feature_map,
+            "exact_window": self.exact_window,
+            "num_sink_tokens": self.num_sink_tokens,
             "qk_norm": self.qk_norm,
             "rotary_max_wavelength": self.rotary_max_wavelength,
             "gated": self.gated,

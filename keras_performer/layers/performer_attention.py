@@ -7,7 +7,13 @@ import keras
 from keras import constraints, initializers, ops, regularizers
 
 from keras_performer import feature_maps
-from keras_performer.layers._arguments import dropout_rate, optional_int, positive_int
+from keras_performer.layers._arguments import (
+    check_near_field,
+    dropout_rate,
+    optional_int,
+    positive_int,
+)
+from keras_performer.layers._recording import record
 from keras_performer.layers.rotary import rotate
 from keras_performer.ops import (
     empty_favor_state,
@@ -44,6 +50,11 @@ class PerformerAttention(keras.layers.Layer):
         feature_map: "favor_plus", "relu", "elu", or a `keras_performer.feature_maps.FeatureMap`,
             whose configuration is copied. None is exact softmax attention at quadratic cost: the
             baseline with the same arguments and weights.
+        exact_window: W, to weigh keys in the query's own and the neighbouring blocks of W tokens
+            exactly and only the others through features, see `favor_attention`. It makes few
+            features go a long way; it is for self-attention, and maps that estimate softmax.
+        num_sink_tokens: Number of leading tokens that every query weighs exactly; needs an
+            `exact_window`.
         num_key_value_heads: Number K of key and value heads, a divisor of `num_heads`, each shared
             by a group of query heads. None is `num_heads`.
         qk_norm: Whether queries and keys are divided by their root mean square and multiplied by
@@ -109,6 +120,8 @@ class PerformerAttention(keras.layers.Layer):
         use_gate: bool = False,
         num_features: int | None = None,
         feature_map: Any = "favor_plus",
+        exact_window: int | None = None,
+        num_sink_tokens: int = 0,
         num_key_value_heads: int | None = None,
         qk_norm: bool = False,
         rotary_max_wavelength: float | None = None,
@@ -125,6 +138,8 @@ class PerformerAttention(keras.layers.Layer):
                 "num_key_value_heads must divide num_heads. Received: num_heads="
                 f"{num_heads}, num_key_value_heads={num_key_value_heads}"
             )
+        exact_window = optional_int("exact_window", exact_window)
+        check_near_field(exact_window, num_sink_tokens)
         dropout = dropout_rate("dropout", dropout)
         if flash_attention:
             raise ValueError(
@@ -160,6 +175,8 @@ class PerformerAttention(keras.layers.Layer):
         self.qk_norm = qk_norm
         self.rotary_max_wavelength = rotary_max_wavelength
         self.num_features = num_features
+        self.exact_window = exact_window
+        self.num_sink_tokens = num_sink_tokens
         self.seed = seed
         self._output_shape = tuple(output_shape) if output_shape else None
         self._kernel_initializer = initializers.get(kernel_initializer)
@@ -177,7 +194,19 @@ class PerformerAttention(keras.layers.Layer):
         self._given_feature_map = feature_map
         self._is_exact = feature_map is None or sliding_window is not None
         if feature_map is not None:
-            self._make_feature_map()  # refuses here what build would refuse
+            made = self._make_feature_map()  # refuses here what build would refuse
+            if exact_window and not made.estimates_softmax:
+                raise ValueError(
+                    "exact_window weighs near keys by exp(q.k), which this feature map does not "
+                    "estimate: use 'favor_plus', or exact_window=None. Received: feature_map="
+                    f"{feature_map!r}, exact_window={exact_window}"
+                )
+        if exact_window and self._is_exact:
+            raise ValueError(
+                "exact_window is the exact part of feature attention, and this layer's attention "
+                "is exact: leave it None. Received: exact_window="
+                f"{exact_window}, feature_map={feature_map!r}, sliding_window={sliding_window}"
+            )
         self._feature_map = None
         self._seed_generator = keras.random.SeedGenerator(seed) if dropout > 0 else None
 
@@ -326,10 +355,12 @@ class PerformerAttention(keras.layers.Layer):
             key, value, dropped = _align_lengths(query, key, value, dropped)
         options = {"causal": use_causal_mask, "key_mask": dropped, "segment_ids": segment_ids}
         carried = {"initial_state": initial_state, "return_state": return_state}
+        record(self, query, key, dropped, use_causal_mask, segment_ids)
         if self._is_exact:
             options["sliding_window"] = self.sliding_window
             output = softmax_attention(query, key, value, **options, **carried)
         else:
+            options |= self._near_field()
             output = favor_attention(query, key, value, self._feature_map, **options, **carried)
         state = None
         if return_state:
@@ -370,8 +401,14 @@ class PerformerAttention(keras.layers.Layer):
             )
         heads = self.num_key_value_heads
         if not self._is_exact:
-            dtype = "float64" if self.compute_dtype == "float64" else "float32"
-            state = empty_favor_state(self._feature_map, batch_size, heads, self.value_dim, dtype)
+            state = empty_favor_state(
+                self._feature_map,
+                batch_size,
+                heads,
+                self.value_dim,
+                self._state_dtype(),
+                **self._near_field(),
+            )
         else:
             capacity = max_length
             if self.sliding_window is not None:
@@ -437,13 +474,20 @@ class PerformerAttention(keras.layers.Layer):
         return self._output_dense(output if gate is None else output * gate)
 
     def _check_memory(self) -> None:
-        if not self.built or self.rotary_max_wavelength is not None or self.sliding_window:
+        positional = self.rotary_max_wavelength or self.sliding_window or self.exact_window
+        if not self.built or positional:
             raise ValueError(
                 "`memory` and `read` are for cross-attention: the layer must be built, and have "
-                "neither rotary positions nor a sliding window. Received: "
+                "neither rotary positions nor a window. Received: "
                 f"built={self.built}, rotary_max_wavelength={self.rotary_max_wavelength}, "
-                f"sliding_window={self.sliding_window}"
+                f"sliding_window={self.sliding_window}, exact_window={self.exact_window}"
             )
+
+    def _near_field(self) -> dict[str, Any]:
+        return {"exact_window": self.exact_window, "num_sink_tokens": self.num_sink_tokens}
+
+    def _state_dtype(self) -> str:
+        return "float64" if self.compute_dtype == "float64" else "float32"
 
     def _check_state_options(
         self, rank: int, return_attention_scores: bool, initial_state: Any, return_state: bool
@@ -494,12 +538,13 @@ class PerformerAttention(keras.layers.Layer):
     ) -> Any:
         """The symbolic output, without tracing the computation."""
         del key, query_mask, value_mask, key_mask, attention_mask
-        del training, use_causal_mask, segment_ids, positions
+        del training, segment_ids, positions
         output = keras.KerasTensor(
             self.compute_output_shape(query.shape, value.shape), dtype=self.compute_dtype
         )
         if return_state:
-            return output, self.compute_state_spec(query.shape[0], initial_state)
+            state = self.compute_state_spec(query.shape[0], initial_state, use_causal_mask)
+            return output, state
         if not return_attention_scores:
             return output
         axis = self._axis(len(query.shape))
@@ -508,22 +553,25 @@ class PerformerAttention(keras.layers.Layer):
         return output, keras.KerasTensor(shape, dtype=self.compute_dtype)
 
     def compute_state_spec(
-        self, batch_size: Any, initial_state: dict[str, Any] | None = None
+        self,
+        batch_size: Any,
+        initial_state: dict[str, Any] | None = None,
+        use_causal_mask: bool = False,
     ) -> dict[str, Any]:
         """The symbolic state that a call returns."""
-        if initial_state is not None:
-            shapes = {name: (tuple(x.shape), x.dtype) for name, x in initial_state.items()}
-        else:
-            feature_map: Any = self._feature_map
-            heads = (batch_size, self.num_key_value_heads, feature_map.feature_dim)
-            dtype = "float64" if self.compute_dtype == "float64" else "float32"
-            shapes = {
-                "kv": ((*heads, self.value_dim), dtype),
-                "k_sum": (heads, dtype),
-                "log_max": (heads, dtype),
-                "position": ((batch_size,), "int32"),
-            }
-        return {name: keras.KerasTensor(shape, dtype) for name, (shape, dtype) in shapes.items()}
+        if initial_state is None:
+            initial_state = self.initial_state(1)
+            if not use_causal_mask:
+                # Without a window to go on from, all keys are in the sums.
+                initial_state = {
+                    n: initial_state[n] for n in ("kv", "k_sum", "log_max", "position")
+                }
+        return {
+            name: keras.KerasTensor(
+                (batch_size, *x.shape[1:]), keras.backend.standardize_dtype(x.dtype)
+            )
+            for name, x in initial_state.items()
+        }
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor."""
@@ -547,6 +595,8 @@ class PerformerAttention(keras.layers.Layer):
             "use_gate": self.use_gate,
             "num_features": self.num_features,
             "feature_map": self._given_feature_map,
+            "exact_window": self.exact_window,
+            "num_sink_tokens": self.num_sink_tokens,
             "num_key_value_heads": self._given_num_key_value_heads,
             "qk_norm": self.qk_norm,
             "rotary_max_wavelength": self.rotary_max_wavelength,

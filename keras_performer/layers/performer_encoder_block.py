@@ -29,6 +29,9 @@ class PerformerEncoderBlock(PerformerBlock):
         sliding_window: Window W of that last kind: tokens see |t - s| < W.
         num_features: Number of features M. Default: what the feature map chooses.
         feature_map: Name, config or instance of a feature map; an instance is copied by its config.
+        exact_window: W, to weigh keys within a block of W tokens and its neighbours exactly and
+            only the others through features; see `PerformerAttention`. The baselines ignore it.
+        num_sink_tokens: Number of leading tokens that every query weighs exactly.
         qk_norm: Whether queries and keys are normalised, with a learned temperature. It keeps the
             variance of the random features bounded, so it is on by default here.
         rotary_max_wavelength: Longest wavelength of the rotary positions. None turns them off, and

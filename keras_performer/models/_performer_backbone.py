@@ -8,6 +8,7 @@ import keras_hub
 from keras_performer.layers import ReversibleStack
 from keras_performer.layers._arguments import (
     check_attention,
+    check_near_field,
     dropout_rate,
     positive_int,
     split_width,
@@ -36,6 +37,8 @@ class PerformerBackbone(keras_hub.models.Backbone):
         sliding_window: int | None = None,
         num_features: int | None = None,
         feature_map: Any = "favor_plus",
+        exact_window: int | None = None,
+        num_sink_tokens: int = 0,
         qk_norm: bool = True,
         position_embedding: str = "rotary",
         max_sequence_length: int | None = None,
@@ -83,6 +86,7 @@ class PerformerBackbone(keras_hub.models.Backbone):
                 "reversible=True"
             )
         split_width(hidden_dim, num_heads, rotary, key_dim)
+        check_near_field(exact_window, num_sink_tokens)
         dropout_rate("dropout", dropout)
         if isinstance(feature_map, keras.layers.Layer):
             feature_map = keras.saving.serialize_keras_object(feature_map)
@@ -121,6 +125,8 @@ class PerformerBackbone(keras_hub.models.Backbone):
                 "sliding_window": sliding_window,
                 "num_features": num_features,
                 "feature_map": feature_map,
+                "exact_window": exact_window,
+                "num_sink_tokens": num_sink_tokens,
                 "qk_norm": qk_norm,
                 "rotary_max_wavelength": rotary_max_wavelength if rotary else None,
                 "gated": gated,
@@ -153,6 +159,8 @@ class PerformerBackbone(keras_hub.models.Backbone):
         self.sliding_window = sliding_window
         self.num_features = num_features
         self.feature_map = feature_map
+        self.exact_window = exact_window
+        self.num_sink_tokens = num_sink_tokens
         self.qk_norm = qk_norm
         self.position_embedding = position_embedding
         self.rotary_max_wavelength = rotary_max_wavelength
@@ -266,6 +274,8 @@ class PerformerBackbone(keras_hub.models.Backbone):
             "sliding_window": self.sliding_window,
             "num_features": self.num_features,
             "feature_map": self.feature_map,
+            "exact_window": self.exact_window,
+            "num_sink_tokens": self.num_sink_tokens,
             "qk_norm": self.qk_norm,
             "position_embedding": self.position_embedding,
             "max_sequence_length": self.max_sequence_length,

@@ -31,6 +31,9 @@ class PerformerEncoderBackbone(PerformerStack):
         sliding_window: Window W of that last kind: tokens see |t - s| < W.
         num_features: Number of features M. Default: what the feature map chooses.
         feature_map: Name, config or instance of a feature map. Each block gets its own copy.
+        exact_window: W, to weigh keys within a block of W tokens and its neighbours exactly and
+            only the others through features; see `PerformerAttention`. The baselines ignore it.
+        num_sink_tokens: Number of leading tokens that every query weighs exactly.
         qk_norm: Whether queries and keys are normalised, with a learned temperature.
         position_embedding: `"rotary"`, which has no longest length, or `"learned"`.
         max_sequence_length: Longest input with learned positions. Not for rotary positions.

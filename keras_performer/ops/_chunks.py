@@ -5,8 +5,9 @@ from typing import Any
 
 from keras import backend, ops
 
-LOG_ZERO = -1e30
-"""Stands for the logarithm of zero: finite, so that differences of two stay numbers."""
+LOG_ZERO = -(2.0**100)
+"""Stands for the logarithm of zero: finite, so that differences of two stay numbers, and a power of
+two, so that every float type holds the same."""
 
 
 def dtype_of(x: Any) -> str:
@@ -38,6 +39,15 @@ def pad(x: Any, axis: int, length: Any) -> Any:
     return ops.concatenate([x, ops.zeros(shape, dtype_of(x))], axis=axis)
 
 
+def pad_before(x: Any, axis: int, count: int) -> Any:
+    """Put `count` zeros at the start of `axis`."""
+    if count == 0:
+        return x
+    shape = [*ops.shape(x)]
+    shape[axis] = count
+    return ops.concatenate([ops.zeros(shape, dtype_of(x)), x], axis=axis)
+
+
 def cut(x: Any, axis: int, largest: int) -> Any:
     """Cut `axis` (positive) into the chunks of `plan`: (num_chunks, ..., size, ...)."""
     size, num_chunks = plan(ops.shape(x)[axis], largest)
@@ -49,6 +59,23 @@ def split(x: Any, axis: int, size: int) -> Any:
     shape = [*ops.shape(x)]
     x = ops.reshape(x, (*shape[:axis], shape[axis] // size, size, *shape[axis + 1 :]))
     return ops.transpose(x, (axis, *(i for i in range(len(shape) + 1) if i != axis)))
+
+
+def split_rows(query: Any, size: int, num_chunks: Any) -> Any:
+    """The rows of all query groups by chunks: (B, K, G, T, H) -> (num_chunks, B, K, G*size, H)."""
+    chunks = split(pad(query, 3, size * num_chunks), 3, size)
+    _, batch, num_heads, num_groups, _, head_dim = ops.shape(chunks)
+    return ops.reshape(chunks, (num_chunks, batch, num_heads, num_groups * size, head_dim))
+
+
+def join_rows(rows: Any, query: Any, size: int) -> Any:
+    """The reverse for an output: (num_chunks, B, K, G*size, V) -> (B, K, G, T, V)."""
+    num_chunks, batch, num_heads, _, value_dim = ops.shape(rows)
+    num_groups, length = ops.shape(query)[2:4]
+    rows = ops.reshape(rows, (num_chunks, batch, num_heads, num_groups, size, value_dim))
+    rows = ops.transpose(rows, (1, 2, 3, 0, 4, 5))
+    rows = ops.reshape(rows, (batch, num_heads, num_groups, num_chunks * size, value_dim))
+    return rows[:, :, :, :length]
 
 
 def same_run(run_a: Any, run_b: Any) -> Any:

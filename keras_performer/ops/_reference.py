@@ -9,17 +9,12 @@ from typing import Any
 from keras import ops
 
 from keras_performer.ops._chunks import LOG_ZERO
+from keras_performer.ops._near_field import NearField
 
 
 def why_not(*, exact_window: int | None, num_sink_tokens: int) -> str | None:
     """Say in one sentence why this implementation cannot run, or return None."""
-    if exact_window or num_sink_tokens:
-        return (
-            "implementation='reference' has no exact near field yet: leave exact_window=None and "
-            f"num_sink_tokens=0. Received: exact_window={exact_window}, "
-            f"num_sink_tokens={num_sink_tokens}."
-        )
-    return None
+    del exact_window, num_sink_tokens
 
 
 def attend(
@@ -33,10 +28,13 @@ def attend(
     key_mask: Any,
     runs: Any,
     state: dict[str, Any] | None,
+    near: NearField | None = None,
 ) -> tuple[Any, dict[str, Any]]:
-    """Compute attention from every pair of a query and a key; see `_chunked.attend`."""
+    """Compute attention from every pair; see `_chunked.attend` and, for `near`, `_windowed`."""
+    if near is not None and near.sinks is not None:
+        key, value, key_mask, runs, near = _with_sinks(key, value, key_mask, runs, near)
     visible = visible_pairs(query, key, causal=causal, key_mask=key_mask, runs=runs)
-    log_scores = _log_scores(query, key, feature_map, operands)
+    log_scores = _log_scores(query, key, feature_map, operands, near)
     log_scores = ops.where(visible, log_scores, LOG_ZERO)
     log_query = _log_features(query, feature_map, operands, is_query=True)
     log_key = _log_features(key, feature_map, operands, is_query=False)
@@ -46,7 +44,8 @@ def attend(
     if state is not None:
         log_read = log_query + ops.expand_dims(state["log_max"], (2, 3))
         if runs is not None:
-            first = ops.expand_dims(ops.equal(runs, 0), (1, 2, 4))
+            first = ops.equal(runs[:, -ops.shape(query)[3] :], 0)
+            first = ops.expand_dims(first, (1, 2, 4))
             log_read = ops.where(first, log_read, LOG_ZERO)
         row_max = ops.maximum(row_max, ops.max(log_read, axis=-1, keepdims=True))
     row_max = ops.stop_gradient(ops.maximum(row_max, LOG_ZERO / 2))
@@ -63,6 +62,9 @@ def attend(
         denominator = denominator + ops.sum(key_sum, axis=-1, keepdims=True)
     seen = denominator > 0
     output = ops.where(seen, numerator / ops.where(seen, denominator, 1.0), 0.0)
+    if near is not None and near.stays is not None:
+        stays = ops.expand_dims(ops.logical_or(near.stays, near.is_sink(near.positions)), 1)
+        key_mask = ops.logical_and(key_mask, ops.logical_not(stays))
     return output, _final_state(log_key, value, key_mask, runs, state)
 
 
@@ -75,10 +77,11 @@ def attention_weights(
     causal: bool,
     key_mask: Any,
     runs: Any,
+    near: NearField | None,
 ) -> Any:
     """Normalised weights (B, K, G, T, S) of every pair: rows sum to one, or to zero."""
     visible = visible_pairs(query, key, causal=causal, key_mask=key_mask, runs=runs)
-    log_scores = _log_scores(query, key, feature_map, operands)
+    log_scores = _log_scores(query, key, feature_map, operands, near)
     log_scores = ops.where(visible, log_scores, LOG_ZERO)
     row_max = ops.maximum(ops.max(log_scores, axis=-1, keepdims=True), LOG_ZERO / 2)
     scores = ops.exp(log_scores - ops.stop_gradient(row_max))
@@ -87,17 +90,40 @@ def attention_weights(
 
 
 def visible_pairs(query: Any, key: Any, *, causal: bool, key_mask: Any, runs: Any) -> Any:
-    """Whether query t may see key s: boolean, broadcastable to (B, K, G, T, S)."""
-    rows = ops.expand_dims(ops.arange(ops.shape(query)[3]), -1)
-    columns = ops.expand_dims(ops.arange(ops.shape(key)[2]), 0)
+    """Whether query t may see key s: boolean, broadcastable to (B, K, G, T, S).
+
+    Causally, the last query is at the last key.
+    """
+    length, num_keys = ops.shape(query)[3], ops.shape(key)[2]
+    rows = ops.expand_dims(ops.arange(length), -1) + (num_keys - length if causal else 0)
+    columns = ops.expand_dims(ops.arange(num_keys), 0)
     visible = rows >= columns if causal else ops.logical_or(rows >= 0, columns >= 0)
     visible = ops.expand_dims(visible, (0, 1, 2))
     if key_mask is not None:
         visible = ops.logical_and(visible, ops.expand_dims(key_mask, (2, 3)))
     if runs is not None:
-        same = ops.equal(ops.expand_dims(runs, -1), ops.expand_dims(runs, -2))
+        same = ops.equal(ops.expand_dims(runs[:, -length:], -1), ops.expand_dims(runs, -2))
         visible = ops.logical_and(visible, ops.expand_dims(same, (1, 2)))
     return visible
+
+
+def _with_sinks(key, value, key_mask, runs, near):
+    """Put the state's sinks before the window, those that it no longer holds."""
+    sink_key, sink_value, sink_mask = near.sinks
+    index = ops.broadcast_to(
+        ops.arange(near.num_sinks, dtype="int32"), (ops.shape(key)[0], near.num_sinks)
+    )
+    gone = ops.expand_dims(index < near.positions[:, :1], 1)
+    key = ops.concatenate([sink_key, key], axis=2)
+    value = ops.concatenate([sink_value, value], axis=2)
+    key_mask = ops.concatenate([ops.logical_and(sink_mask, gone), key_mask], axis=2)
+    if runs is not None:
+        runs = ops.concatenate([ops.zeros_like(index), runs], axis=1)
+    stays = near.stays
+    if stays is not None:
+        stays = ops.concatenate([ops.ones_like(index, "bool"), stays], axis=1)
+    positions = ops.concatenate([index, near.positions], axis=1)
+    return key, value, key_mask, runs, near._replace(positions=positions, stays=stays)
 
 
 def _log_features(x, feature_map, operands, *, is_query):
@@ -109,8 +135,8 @@ def _log_features(x, feature_map, operands, *, is_query):
     return ops.where(positive, ops.log(ops.where(positive, values, 1.0)), LOG_ZERO)
 
 
-def _log_scores(query, key, feature_map, operands):
-    """The logarithm of phi(q_t) . phi(k_s), (B, K, G, T, S)."""
+def _log_scores(query, key, feature_map, operands, near):
+    """The logarithm of phi(q_t) . phi(k_s), or of exp(q.k) for near pairs, (B, K, G, T, S)."""
     if not feature_map.log_space:
         phi_q, _ = feature_map.features(query, operands, is_query=True)
         phi_k, _ = feature_map.features(key, operands, is_query=False)
@@ -120,7 +146,13 @@ def _log_scores(query, key, feature_map, operands):
     log_query = _log_features(query, feature_map, operands, is_query=True)
     log_key = _log_features(key, feature_map, operands, is_query=False)
     pairs = ops.expand_dims(log_query, 4) + ops.expand_dims(log_key, (2, 3))
-    return ops.logsumexp(pairs, axis=-1)
+    scores = ops.logsumexp(pairs, axis=-1)
+    if near is None:
+        return scores
+    logits = ops.matmul(query, ops.swapaxes(ops.expand_dims(key, 2), -1, -2))
+    positions = near.positions[:, -ops.shape(query)[3] :]
+    exact = ops.expand_dims(near.is_exact(positions, near.positions), 1)
+    return ops.where(exact, logits * query.shape[-1] ** -0.5, scores)
 
 
 def _final_state(log_key, value, key_mask, runs, state):

@@ -5,10 +5,10 @@ from typing import Any
 from keras import backend, ops
 from keras.utils import is_keras_tensor
 
-from keras_performer.ops import _chunked, _reference
+from keras_performer.ops import _chunked, _near_field, _reference, _windowed
 from keras_performer.ops._chunks import LOG_ZERO, dtype_of, run_indices
 
-IMPLEMENTATIONS = {"chunked": _chunked, "reference": _reference}
+IMPLEMENTATIONS = {"chunked": _chunked, "windowed": _windowed, "reference": _reference}
 """By name, in the order of preference of `implementation="auto"`."""
 
 
@@ -47,29 +47,42 @@ def favor_attention(
         key_mask: None, or (B, S) or per head (B, K, S), True or nonzero where the key takes part.
         segment_ids: None, or integers (B, T) for packed sequences; needs T = S. A segment is a run
             of equal ids, and tokens attend within their run.
-        exact_window: Reserved for an exact near field; None or 0 is pure feature attention.
-        num_sink_tokens: Reserved for exact leading keys; 0 is none.
+        exact_window: W, to weigh near keys by exp(q.k / sqrt(H)) itself and only the others
+            through features, in one sum. Blocks of W tokens see themselves and the block on either
+            side exactly, or causally the one before. The grid of blocks starts at the first
+            unmasked token of each row and each segment. Needs T = S, queries and keys of the same
+            positions, and a map that estimates that kernel. With W >= T this is softmax attention.
+            None or 0 is pure feature attention.
+        num_sink_tokens: s, to weigh the first s keys of each sequence exactly for every query. It
+            needs an `exact_window`.
         initial_state: A state returned earlier. Causal: the sequence goes on after it.
-            Bidirectional: every query also sees the keys in it.
+            Bidirectional: every query also sees the keys in it, through features.
         return_state: Whether to return the state after all keys as well.
-        implementation: "auto", "chunked" (linear time and memory) or "reference" (the definition,
-            quadratic).
+        implementation: "auto", "chunked" or "windowed" (linear time and memory, without and with
+            an exact window) or "reference" (the definition, quadratic).
 
     **Returns** The output (B, T, N, V) of the type of `query`; with `return_state=True` a pair of
     it and the state: a dictionary of `kv` (B, K, M, V), `k_sum` (B, K, M) and `log_max` (B, K, M),
     which stand for the sums `exp(log_max) * kv` and `exp(log_max) * k_sum` over keys, and with
-    `segment_ids` also `segment_id` (B,), the segment that they belong to. Its size does not depend
-    on S.
+    `segment_ids` also `segment_id` (B,), the segment that they belong to. Causal with an exact
+    window it also holds `position` (B,), the number of tokens seen, and the keys that the next
+    token sees exactly, which the sums leave out: `window_key` (B, K, 2W, H), `window_value`
+    (B, K, 2W, V), `window_mask` (B, K, 2W), and `sink_key`, `sink_value` and `sink_mask` of s
+    slots. Bidirectionally the sums are of all keys. Its size does not depend on S.
 
     **Masking** A masked key leaves the numerator and the denominator; what it holds, NaN included,
-    does not matter. A query that sees no key gives zeros. The state skips masked keys.
+    does not matter. A query that sees no key gives zeros. The state skips masked keys. With an
+    exact window and a state, masked keys at the end of a call are padding: the next call's first
+    token follows the last unmasked one. What masked queries before the first and after the last
+    unmasked key of a row give then is finite, and not specified.
 
     **Precision** Features, sums and quotients are float32 whatever the input type, float64 for
     float64. No epsilon is added. The gradient treats `log_max` as a constant, so differentiate
     functions of `exp(log_max) * kv`, which do not depend on it.
 
     **Cost** O(T N M (H + V)) time; causal and packed attention add O(T C N (M + V)) for chunks of C
-    tokens. Memory O(T N (H + V) + (T / C) K M V); the backward pass recomputes the features.
+    tokens, and a window of W tokens O(T N C (H + V + M)) for C = max(128, 2 W) + 4 W (causal 2 W).
+    Memory O(T N (H + V) + (T / C) K M V); the backward pass recomputes features and scores.
 
     **Raises** ValueError or TypeError for shapes, types and combinations that cannot work.
 
@@ -98,6 +111,7 @@ def favor_attention(
         )
     query, key, value = (ops.convert_to_tensor(t) for t in (query, key, value))
     _check_shapes(query, key, value, causal, segment_ids is not None)
+    exact_window = _check_window(exact_window, num_sink_tokens, feature_map, query, key)
     chosen = _choose(implementation, exact_window=exact_window, num_sink_tokens=num_sink_tokens)
     _build(feature_map, key)
     output_dtype = dtype_of(query)
@@ -132,20 +146,18 @@ def favor_attention(
             "legacy_epsilon=None."
         )
     if initial_state is not None:
-        initial_state = _check_state(
-            initial_state, (key.shape[0], num_key_heads, feature_map.feature_dim), value_dim, dtype
+        sizes = (key.shape[0], num_key_heads, feature_map.feature_dim, head_dim, value_dim)
+        window = (exact_window, num_sink_tokens) if exact_window else None
+        initial_state = _check_state(initial_state, sizes, window, causal, dtype)
+    arguments = (query, key, value, feature_map, feature_map.operands(key, key_mask))
+    options = {"causal": causal, "key_mask": key_mask, "runs": runs, "state": initial_state}
+    attend = IMPLEMENTATIONS[chosen].attend
+    if exact_window:
+        output, state = _attend_with_window(
+            attend, *arguments, **options, window=(exact_window, num_sink_tokens, return_state)
         )
-    output, state = IMPLEMENTATIONS[chosen].attend(
-        query,
-        key,
-        value,
-        feature_map,
-        feature_map.operands(key, key_mask),
-        causal=causal,
-        key_mask=key_mask,
-        runs=runs,
-        state=initial_state,
-    )
+    else:
+        output, state = attend(*arguments, **options)
     output = ops.reshape(
         ops.transpose(output, (0, 3, 1, 2, 4)), (batch, length, num_heads, value_dim)
     )
@@ -157,8 +169,49 @@ def favor_attention(
     return output, state
 
 
+def _attend_with_window(
+    attend, query, key, value, feature_map, operands, *, causal, key_mask, runs, state, window
+) -> tuple[Any, dict[str, Any]]:
+    exact_window, num_sinks, return_state = window
+
+    def begin(state, return_state):
+        sizes = {"window": exact_window, "num_sinks": num_sinks, "return_state": return_state}
+        return _near_field.begin(key, value, key_mask, runs, state, **sizes)
+
+    def absorb(keys, state):
+        key, value, mask = keys
+        options = {"causal": False, "key_mask": mask, "runs": None, "state": state}
+        arguments = (query[:, :, :1, :1], key, value, feature_map, operands)
+        return _chunked.attend(*arguments, **options)[1]
+
+    if causal:
+        near, *extended, mask, runs = begin(state, return_state)
+        options = {"causal": True, "key_mask": mask, "runs": runs, "state": state, "near": near}
+        output, sums = attend(query, *extended, feature_map, operands, **options)
+        if return_state:
+            sums = {**sums, **_near_field.finish(near, *extended, mask, runs)}
+        return output, sums
+    kept: dict[str, Any] = {}
+    if state is not None and "window_key" in state:
+        # To tokens of other positions all its keys are far.
+        kept = {n: state[n] if n == "position" else ops.zeros_like(state[n]) for n in state}
+        state = absorb(_near_field.remembered(state, exact_window), state)
+    near, *extended, mask, runs = begin(None, False)
+    options = {"causal": False, "key_mask": mask, "runs": runs, "state": state, "near": near}
+    output, sums = attend(query, *extended, feature_map, operands, **options)
+    if return_state:
+        sums = {**kept, **absorb((key, value, key_mask), state)}
+    return output, sums
+
+
 def empty_favor_state(
-    feature_map: Any, batch_size: Any, num_key_heads: int, value_dim: int, dtype: str = "float32"
+    feature_map: Any,
+    batch_size: Any,
+    num_key_heads: int,
+    value_dim: int,
+    dtype: str = "float32",
+    exact_window: int | None = None,
+    num_sink_tokens: int = 0,
 ) -> dict[str, Any]:
     """The state of `favor_attention` before the first key.
 
@@ -170,8 +223,11 @@ def empty_favor_state(
         num_key_heads: K.
         value_dim: V.
         dtype: "float32" or "float64".
+        exact_window: That of the calls to come.
+        num_sink_tokens: That of the calls to come.
 
-    **Returns** A dictionary of `kv` (B, K, M, V), `k_sum` (B, K, M) and `log_max` (B, K, M).
+    **Returns** A dictionary of `kv` (B, K, M, V), `k_sum` (B, K, M) and `log_max` (B, K, M), and
+    with an exact window of what `favor_attention` adds to them.
 
     **Example**
 
@@ -182,11 +238,16 @@ def empty_favor_state(
     """
     shape = (batch_size, num_key_heads, feature_map.feature_dim)
     log_zero = LOG_ZERO if feature_map.log_space else 0.0
-    return {
+    state = {
         "kv": ops.zeros((*shape, value_dim), dtype),
         "k_sum": ops.zeros(shape, dtype),
         "log_max": ops.zeros(shape, dtype) + log_zero,
     }
+    if not exact_window:
+        return state
+    sizes = {"head_dim": feature_map.head_dim, "value_dim": value_dim}
+    window = _near_field.empty(shape[:2], exact_window, num_sink_tokens, dtype=dtype, **sizes)
+    return {**state, **window}
 
 
 def favor_attention_weights(
@@ -197,6 +258,8 @@ def favor_attention_weights(
     causal: bool = False,
     key_mask: Any = None,
     segment_ids: Any = None,
+    exact_window: int | None = None,
+    num_sink_tokens: int = 0,
 ) -> Any:
     """The normalised weights that `favor_attention` gives each key, to look at short inputs.
 
@@ -219,6 +282,7 @@ def favor_attention_weights(
     """
     query, key = ops.convert_to_tensor(query), ops.convert_to_tensor(key)
     _check_shapes(query, key, key, causal, segment_ids is not None)
+    exact_window = _check_window(exact_window, num_sink_tokens, feature_map, query, key)
     _build(feature_map, key)
     output_dtype = dtype_of(query)
     dtype = "float64" if output_dtype == "float64" else "float32"
@@ -231,6 +295,11 @@ def favor_attention_weights(
     if key_mask is not None:
         key_mask = _check_key_mask(key_mask, key)
         key = ops.where(ops.expand_dims(key_mask, -1), key, 0.0)
+    runs = None if segment_ids is None else _run_indices(segment_ids, None)
+    near = None
+    if exact_window:
+        sizes = {"window": exact_window, "num_sinks": num_sink_tokens, "return_state": False}
+        near = _near_field.begin(key, key, key_mask, runs, None, **sizes)[0]
     weights = _reference.attention_weights(
         query,
         key,
@@ -238,7 +307,8 @@ def favor_attention_weights(
         feature_map.operands(key, key_mask),
         causal=causal,
         key_mask=key_mask,
-        runs=None if segment_ids is None else _run_indices(segment_ids, None),
+        runs=runs,
+        near=near,
     )
     weights = ops.reshape(weights, (batch, num_heads, length, num_keys))
     return ops.cast(weights, output_dtype)
@@ -342,16 +412,69 @@ def _run_indices(segment_ids: Any, initial_state: dict[str, Any] | None) -> Any:
     return run_indices(segment_ids, first)
 
 
+def _check_window(
+    exact_window: int | None, num_sink_tokens: int, feature_map: Any, query: Any, key: Any
+) -> int | None:
+    for name, count in (("exact_window", exact_window), ("num_sink_tokens", num_sink_tokens)):
+        if not (count is None or (isinstance(count, int) and count >= 0)):
+            raise ValueError(
+                f"{name} must be None or an integer of at least 0. Received: {name}={count!r}"
+            )
+    if not exact_window:
+        if num_sink_tokens:
+            raise ValueError(
+                "num_sink_tokens needs an exact_window, beside which the first keys are exact too: "
+                f"set one. Received: num_sink_tokens={num_sink_tokens}, exact_window={exact_window}"
+            )
+        return None
+    if not (feature_map.estimates_softmax and feature_map.log_space):
+        raise ValueError(
+            "exact_window adds exp(q.k) of near keys to estimates of it for the others, and "
+            f"{type(feature_map).__name__} estimates another kernel: use FavorPlus(), or "
+            f"exact_window=None. Received: exact_window={exact_window}"
+        )
+    if _differ(query.shape[1], key.shape[1]):
+        raise ValueError(
+            "exact_window needs queries and keys of the same positions, of one length (axis 1): in "
+            "cross-attention no key is near. Received: "
+            f"query.shape={tuple(query.shape)}, key.shape={tuple(key.shape)}"
+        )
+    return exact_window
+
+
 def _check_state(
-    state: dict[str, Any], shape: tuple[Any, ...], value_dim: int, dtype: str
+    state: dict[str, Any],
+    sizes: tuple[Any, ...],
+    window: tuple[int, int] | None,
+    causal: bool,
+    dtype: str,
 ) -> dict[str, Any]:
-    expected = {"kv": (*shape, value_dim), "k_sum": shape, "log_max": shape}
+    """Cast the tensors of a state; `sizes` are B, K, M, H, V, and `window` is W and s."""
+    *heads, num_features, head_dim, value_dim = sizes
+    sums = (*heads, num_features)
+    expected = {"kv": (*sums, value_dim), "k_sum": sums, "log_max": sums}
+    if window is None and isinstance(state, dict) and "window_key" in state:
+        raise ValueError(
+            "initial_state comes from a call with an exact window, whose keys its sums leave out: "
+            "pass the same exact_window. Received: exact_window=None"
+        )
+    if window is not None and (causal or "window_key" in state):
+        expected["position"] = (heads[0],)
+        for name, count in (("window", 2 * window[0]), ("sink", window[1])):
+            if count:
+                expected[f"{name}_key"] = (*heads, count, head_dim)
+                expected[f"{name}_value"] = (*heads, count, value_dim)
+                expected[f"{name}_mask"] = (*heads, count)
     if not isinstance(state, dict) or not set(expected) <= set(state):
         raise ValueError(
             f"initial_state must be a state that favor_attention returned, with {sorted(expected)}."
             f" Received: initial_state={state!r}"
         )
-    tensors = {name: ops.cast(ops.convert_to_tensor(state[name]), dtype) for name in expected}
+    types = {"position": "int32", "window_mask": "bool", "sink_mask": "bool"}
+    tensors = {
+        name: ops.cast(ops.convert_to_tensor(state[name]), types.get(name, dtype))
+        for name in expected
+    }
     for name, tensor in tensors.items():
         received = tuple(tensor.shape)
         if len(received) != len(expected[name]) or any(
@@ -359,6 +482,7 @@ def _check_state(
         ):
             raise ValueError(
                 f"initial_state[{name!r}] must have the shape {expected[name]}, which follows from "
-                f"batch, key heads, features and value size. Received: shape {received}"
+                "batch, key heads, features, value size and window. "
+                f"Received: shape {received}"
             )
     return tensors

@@ -1,0 +1,373 @@
+"""Linear-time implementation of `favor_attention` with an exact near field, in `keras.ops`.
+
+The layout is that of `_chunked`. Queries are cut into tiles of at least 2 W tokens, so the near
+keys of a tile are its own and those within 2 W slots of it, wherever the grid of blocks lies. Each
+pair of them is weighed exactly if it is near and through its features if not, and a state stands
+for all keys beyond. Exact scores and features share one row maximum, and exact scores are
+multiplied by `LIFT` twice, as products of features are.
+"""
+
+from typing import Any
+
+from keras import ops
+
+from keras_performer.ops._chunks import (
+    LOG_ZERO,
+    dtype_of,
+    join_rows,
+    normalize,
+    pad,
+    pad_before,
+    same_run,
+    split,
+    split_rows,
+    tile_rows,
+)
+from keras_performer.ops._near_field import NearField, sinks_before
+from keras_performer.ops._scan import scan
+from keras_performer.ops._sums import (
+    LIFT,
+    absorb,
+    as_state,
+    features,
+    initial_carry,
+    keep_run,
+    key_features,
+    no_carry,
+)
+
+_SMALLEST_TILE = 128
+
+
+def why_not(*, exact_window: int | None, num_sink_tokens: int) -> str | None:
+    """Say in one sentence why this implementation cannot run, or return None."""
+    del num_sink_tokens
+    if exact_window:
+        return None
+    return "implementation='windowed' is for an exact near field: set exact_window."
+
+
+def attend(
+    query: Any,
+    key: Any,
+    value: Any,
+    feature_map: Any,
+    operands: tuple[Any, ...],
+    *,
+    causal: bool,
+    key_mask: Any,
+    runs: Any,
+    state: dict[str, Any] | None,
+    near: NearField,
+) -> tuple[Any, dict[str, Any]]:
+    """Compute attention in O(T (W (H + V + M) + M (H + V))) time and memory linear in T.
+
+    Args:
+        query: (B, K, G, T, H).
+        key: (B, K, S, H), zero where masked, for S = front + T slots.
+        value: (B, K, S, V), zero where masked.
+        feature_map: The map; `features` is called on tiles.
+        operands: Tensors that `features` needs.
+        causal: Whether query t sees keys up to slot front + t only.
+        key_mask: Boolean (B, K or 1, S).
+        runs: None or integers (B, S): the index of each token's segment. The state belongs to 0.
+        state: None or the features of keys seen before.
+        near: Positions and sinks.
+
+    Returns:
+        The output (B, K, G, T, V) and the state: causal, of the keys that leave the window, and
+        otherwise of none but those of the initial one.
+    """
+    walk = _causal if causal else _bidirectional
+    return walk(query, key, value, feature_map, operands, key_mask, runs, state, near)
+
+
+def _causal(query, key, value, feature_map, operands, key_mask, runs, state, near):
+    length, num_groups = ops.shape(query)[3], query.shape[2]
+    size, num_tiles = _plan(length, near.window)
+    reach = 0 if _is_one(num_tiles) and not near.front else 2 * near.window
+    sees_all = _sees_all_exactly(length, near)
+    arrays = _tiles(key, value, key_mask, runs, near, size, num_tiles, reach, 0)
+    if runs is not None:
+        run = arrays["run"]
+        first = ops.zeros_like(run[:1, :, 0])
+        arrays["state_run"] = ops.concatenate([first, run[:-1, :, size - 1]], axis=0)
+    arrays["query"] = split_rows(query, size, num_tiles)
+    rows = ops.expand_dims(ops.arange(reach, reach + size), -1)
+    causal = ops.expand_dims(rows >= ops.arange(reach + size), (0, 1))
+
+    def step(carry, xs, weights):
+        tile = dict(zip(arrays, xs, strict=True))
+        reads = []
+        if not sees_all:
+            gate = None
+            if runs is not None:
+                gate = same_run(tile["run"][:, reach:], ops.expand_dims(tile["state_run"], -1))
+                gate = tile_rows(gate, num_groups)
+            reads = [(*carry, gate)]
+        # A single token sees its window exactly: what has left it is in the state.
+        pairs = not (sees_all or _is_one(length))
+        output, keys = _attend_tile(
+            tile, feature_map, weights, near, num_groups, slice(reach, None), causal, reads, pairs
+        )
+        if not sees_all:
+            part = _part(tile, slice(0, size))
+            keys = None if keys is None else [x[:, :, :size] for x in keys]
+            carried = tile.get("state_run")
+            carry = _take_up(carry, part, feature_map, weights, near, keys, carried, -1)
+        return carry, (output,)
+
+    carry, (output,) = scan(
+        step,
+        initial_carry(state, key, value, feature_map),
+        tuple(arrays.values()),
+        operands,
+        output_shapes=[(*ops.shape(arrays["query"])[1:-1], value.shape[-1])],
+    )
+    if near.stays is not None and reach:
+        # The last slots were no tile's to take up, and may have left the window all the same.
+        last = {name: x[-1] for name, x in arrays.items()}
+        carried = None if runs is None else last["run"][:, size - 1]
+        rest = _part(last, slice(size, None))
+        carry = _take_up(carry, rest, feature_map, operands, near, None, carried, -1)
+    return join_rows(output, query, size), as_state(carry, feature_map)
+
+
+def _bidirectional(query, key, value, feature_map, operands, key_mask, runs, state, near):
+    length, num_groups = ops.shape(query)[3], query.shape[2]
+    size, num_tiles = _plan(length, near.window)
+    reach = 0 if _is_one(num_tiles) else 2 * near.window
+    sees_all = _sees_all_exactly(length, near)
+    arrays = _tiles(key, value, key_mask, runs, near, size, num_tiles, reach, reach)
+    if runs is not None:
+        run = arrays["run"]
+        arrays["before"] = ops.concatenate(
+            [ops.zeros_like(run[:1, :, 0]), run[:-1, :, size - 1]], axis=0
+        )
+        arrays["after"] = ops.concatenate([run[1:, :, -size], run[-1:, :, -1]], axis=0)
+    initial = initial_carry(state, key, value, feature_map)
+    states = {}
+    if not _is_one(num_tiles):
+        names = [name for name in arrays if not name.startswith("sink")]
+        like = [ops.shape(x) for x in initial]
+
+        def take_up(side):
+            def step(carry, xs, weights):
+                tile = dict(zip(names, xs, strict=True))
+                slots = slice(0, size) if side == "before" else slice(-size, None)
+                edge = -1 if side == "before" else 0
+                part, carried = _part(tile, slots), tile.get(side)
+                after = _take_up(carry, part, feature_map, weights, near, None, carried, edge)
+                return after, carry
+
+            return step
+
+        xs = tuple(arrays[name] for name in names)
+        empty = initial_carry(None, key, value, feature_map)
+        for side, start in (("before", initial), ("after", empty)):
+            _, (sums, scale) = scan(
+                take_up(side),
+                start,
+                xs,
+                operands,
+                output_shapes=like,
+                reverse=side == "after",
+            )
+            states[f"{side}_sums"], states[f"{side}_scale"] = sums, scale
+    elif state is not None:
+        sums, scale = (ops.expand_dims(x, 0) for x in initial)
+        states = {"before_sums": sums, "before_scale": scale}
+    arrays = {**arrays, **states, "query": split_rows(query, size, num_tiles)}
+    everything = ops.ones((1, 1, 1, 1), "bool")
+
+    def step(carry, xs, weights):
+        tile = dict(zip(arrays, xs, strict=True))
+        queries, reads = slice(reach, reach + size), []
+        for side in ("before", "after"):
+            if f"{side}_sums" not in tile:
+                continue
+            gate = None
+            if runs is not None:
+                gate = same_run(tile["run"][:, queries], ops.expand_dims(tile[side], -1))
+                gate = tile_rows(gate, num_groups)
+            reads.append((tile[f"{side}_sums"], tile[f"{side}_scale"], gate))
+        output, _ = _attend_tile(
+            tile, feature_map, weights, near, num_groups, queries, everything, reads, not sees_all
+        )
+        return carry, (output,)
+
+    _, (output,) = scan(
+        step,
+        no_carry(query),
+        tuple(arrays.values()),
+        operands,
+        output_shapes=[(*ops.shape(arrays["query"])[1:-1], value.shape[-1])],
+    )
+    return join_rows(output, query, size), {}
+
+
+def _attend_tile(
+    tile, feature_map, operands, near, num_groups, queries, order, reads, pairs
+) -> tuple[Any, Any]:
+    """The output of a tile's queries, and the features of its keys if `pairs` needed them.
+
+    `queries` are their slots among the tile's, `order` (1, 1, C, L) what they may see by their
+    order, and each read is (sums, log scale, boolean gate (B, 1, R, 1) or None).
+    """
+    query, key, value, position = (tile[n] for n in ("query", "key", "value", "position"))
+    visible = ops.logical_and(order, ops.expand_dims(tile["mask"], 2))
+    if "run" in tile:
+        visible = ops.logical_and(visible, same_run(tile["run"][:, queries], tile["run"]))
+    exact = near.is_exact(position[:, queries], position)
+    near_pairs = tile_rows(ops.logical_and(visible, exact), num_groups)
+    near_key, near_value = key, value
+    if "sink_key" in tile:
+        sees_sinks = ops.expand_dims(tile["sink_mask"], 2)
+        if "run" in tile:
+            first = tile["run"][:, :1]
+            sees_sinks = ops.logical_and(sees_sinks, same_run(tile["run"][:, queries], first))
+        sees_sinks = ops.broadcast_to(
+            tile_rows(sees_sinks, 1 if "run" not in tile else num_groups),
+            (*ops.shape(near_pairs)[:3], near.num_sinks),
+        )
+        near_pairs = ops.concatenate([near_pairs, sees_sinks], axis=-1)
+        near_key = ops.concatenate([key, tile["sink_key"]], axis=2)
+        near_value = ops.concatenate([value, tile["sink_value"]], axis=2)
+    logits = ops.matmul(query * query.shape[-1] ** -0.5, ops.swapaxes(near_key, -1, -2))
+    logits = ops.where(near_pairs, logits, LOG_ZERO)
+    row_max = ops.maximum(ops.max(logits, axis=-1, keepdims=True), LOG_ZERO / 2)
+    keys: Any = None
+    phi_q = log_q = far = None
+    scales = []
+    if pairs or reads:
+        phi_q, log_q = features(feature_map, query, operands, is_query=True)
+    if pairs:
+        mask = ops.expand_dims(tile["mask"], -1)
+        keys = key_features(feature_map, key, operands, mask)
+        far = ops.logical_and(visible, ops.logical_not(exact))
+        far = ops.where(tile_rows(far, num_groups), log_q + ops.swapaxes(keys[1], -1, -2), LOG_ZERO)
+        row_max = ops.maximum(row_max, ops.max(far, axis=-1, keepdims=True))
+    for _, scale, gate in reads:
+        scale = log_q + scale
+        scales.append(scale if gate is None else ops.where(gate, scale, LOG_ZERO))
+        row_max = ops.maximum(row_max, scales[-1])
+    row_max = ops.stop_gradient(row_max)
+    total = ops.matmul(ops.exp(logits - row_max) * LIFT**2, near_value)
+    if far is not None:
+        scores = ops.matmul(phi_q, ops.swapaxes(keys[0], -1, -2))
+        total = total + ops.matmul(scores * ops.exp(far - row_max), value)
+    for (sums, _, _), scale in zip(reads, scales, strict=True):
+        total = total + ops.exp(scale - row_max) * ops.matmul(phi_q, sums)
+    return normalize(total), keys
+
+
+def _take_up(carry, part, feature_map, operands, near, keys, carried_run, edge):
+    """Add to the sums the keys that no query behind them sees exactly.
+
+    `keys` are their features if they are known. With segments the sums become those of the run at
+    the slot `edge`, after those of `carried_run`.
+    """
+    value = part["value"]
+    if keys is None:
+        mask = ops.expand_dims(part["mask"], -1)
+        keys = key_features(feature_map, part["key"], operands, mask)
+    phi, log_scale = keys
+    left_out = near.is_sink(part["position"]) if near.num_sinks else None
+    if "stays" in part:
+        stays = part["stays"]
+        left_out = stays if left_out is None else ops.logical_or(left_out, stays)
+    if left_out is not None:
+        left_out = ops.expand_dims(left_out, (1, 3))
+        value = ops.where(left_out, 0.0, value)
+        log_scale = ops.where(left_out, LOG_ZERO, log_scale)
+    if carried_run is not None:
+        run = part["run"]
+        carry, value, log_scale = keep_run(carry, value, log_scale, run, carried_run, run[:, edge])
+    return absorb(carry, value, phi, log_scale)
+
+
+def _plan(length, window):
+    """Tokens a tile and number of tiles. Several tiles have at least 2 W tokens each."""
+    size = max(_SMALLEST_TILE, 2 * window)
+    if not isinstance(length, int):
+        return size, (length + size - 1) // size
+    return (length, 1) if length <= size else (size, -(-length // size))
+
+
+def _is_one(count):
+    """Whether a count, static or a tensor, is known to be one."""
+    return isinstance(count, int) and count == 1
+
+
+def _sees_all_exactly(length, near):
+    """Whether every pair is near, known before the tensors are."""
+    return isinstance(length, int) and not near.front and length <= near.window
+
+
+def _tiles(key, value, key_mask, runs, near, size, num_tiles, before, after):
+    """Tiles of keys, each with `before` slots to its left and `after` to its right.
+
+    Returns:
+        By name: key (n, B, K, L, H), value (n, B, K, L, V+1), mask (n, B, K or 1, L), position
+        (n, B, L), and where they are needed stays and run (n, B, L), sink_key (n, B, K, s, H),
+        sink_value and sink_mask: the sinks of the sequence at the tile's first slot that lie before
+        it.
+    """
+    lead = before - near.front
+    total = before + num_tiles * size + (size if after else 0)
+
+    def tiles(x, axis):
+        x = pad(pad_before(x, axis, lead), axis, total)
+
+        def cut(start):
+            part = x[(slice(None),) * axis + (slice(start, start + num_tiles * size),)]
+            return split(part, axis, size)
+
+        edge = (slice(None),) * (axis + 1)
+        parts = [cut(before)]
+        if before and _is_one(num_tiles):
+            # A single tile may be shorter than what lies before it.
+            start = ops.expand_dims(x[(slice(None),) * axis + (slice(0, before),)], 0)
+            parts.insert(0, start)
+        elif before:
+            parts.insert(0, cut(0)[(*edge, slice(0, before))])
+        if after:
+            parts.append(cut(before + size)[(*edge, slice(0, after))])
+        return ops.concatenate(parts, axis=axis + 1) if len(parts) > 1 else parts[0]
+
+    arrays = {
+        "key": tiles(key, 2),
+        "value": tiles(_with_ones(value, key_mask), 2),
+        "mask": tiles(key_mask, 2),
+        "position": tiles(near.positions, 1),
+    }
+    if near.stays is not None:
+        arrays["stays"] = tiles(near.stays, 1)
+    if runs is not None:
+        # Padding continues the last run, so that the sums at the end are the last segment's.
+        more = ops.broadcast_to(runs[:, -1:], (ops.shape(runs)[0], total))
+        arrays["run"] = tiles(ops.concatenate([runs, more], axis=1)[:, : total - lead], 1)
+    # Before a single tile lies only what a state remembers.
+    if near.num_sinks and not (_is_one(num_tiles) and near.sinks is None):
+        slots = ops.expand_dims(ops.arange(num_tiles, dtype="int32") * size - lead, 0)
+        slots = ops.maximum(slots, 0)
+        sink_key, sink_value, sink_mask = sinks_before(near, key, value, key_mask, slots)
+        sink_value = _with_ones(sink_value, sink_mask)
+        arrays |= {"sink_key": sink_key, "sink_value": sink_value, "sink_mask": sink_mask}
+    return arrays
+
+
+def _with_ones(value, mask):
+    """Append the column whose weighted sum is the denominator, zero where masked."""
+    ones = ops.cast(ops.expand_dims(mask, -1), dtype_of(value))
+    ones = ops.broadcast_to(ones, (*ops.shape(value)[:-1], 1))
+    return ops.concatenate([value, ones], axis=-1)
+
+
+def _part(tile, slots):
+    """Some slots of a tile's keys."""
+    part = {name: tile[name][:, :, slots] for name in ("key", "value", "mask")}
+    for name in ("position", "stays", "run"):
+        if name in tile:
+            part[name] = tile[name][:, slots]
+    return part
