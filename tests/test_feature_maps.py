@@ -329,7 +329,7 @@ def test_get_makes_new_maps():
 @pytest.mark.parametrize(
     ("identifier", "options", "message"),
     [
-        ("favor", {}, r"one of \['elu', 'favor_plus', 'relu'\].*Received: feature_map='favor'"),
+        ("favor", {}, r"one of \['elu', 'favor_plus', .*'relu'\].*Received: feature_map='favor'"),
         (7, {}, r"or a FeatureMap.*Received: feature_map=7"),
         (keras.saving.serialize_keras_object(keras.layers.Dense(3)), {}, r"or a FeatureMap"),
         ("elu", {"num_features": 11}, r"num_features=None. Received: num_features=11"),
@@ -347,7 +347,10 @@ def test_get_explains_what_it_refuses(identifier, options, message):
     ("make", "message"),
     [
         (lambda: FavorPlus(projection=None), r"needs a projection.*projection=None"),
-        (lambda: FavorPlus(projection="haar"), r"\['iid', 'orthogonal'\].*projection='haar'"),
+        (
+            lambda: FavorPlus(projection="haar"),
+            r"\['iid', 'orthogonal', 'simplex'\].*projection='haar'",
+        ),
         (lambda: FavorPlus(11, hyperbolic=True), r"must be even. Received: num_features=11"),
         (lambda: FavorPlus(legacy_epsilon=-1e-6), r"a number >= 0.*legacy_epsilon=-1e-06"),
         (lambda: FavorPlus(legacy_epsilon=(1e-4, 1e-6, 0.0)), r"or a pair"),

@@ -6,21 +6,33 @@ import keras
 
 from keras_performer.feature_maps.elu import ELU
 from keras_performer.feature_maps.favor_plus import FavorPlus
+from keras_performer.feature_maps.favor_plus_plus import FavorPlusPlus
 from keras_performer.feature_maps.feature_map import FeatureMap, default_num_features
 from keras_performer.feature_maps.generalized_kernel import GeneralizedKernel
+from keras_performer.feature_maps.hedgehog import Hedgehog
 from keras_performer.feature_maps.relu import ReLU
+from keras_performer.feature_maps.trigonometric import Trigonometric
 
 __all__ = [
     "ELU",
     "FavorPlus",
+    "FavorPlusPlus",
     "FeatureMap",
     "GeneralizedKernel",
+    "Hedgehog",
     "ReLU",
+    "Trigonometric",
     "default_num_features",
     "get",
 ]
 
-_NAMES = {"favor_plus": FavorPlus, "relu": ReLU, "elu": ELU}
+_NAMES = {
+    "elu": ELU,
+    "favor_plus": FavorPlus,
+    "favor_plus_plus": FavorPlusPlus,
+    "hedgehog": Hedgehog,
+    "relu": ReLU,
+}
 
 
 def get(
@@ -33,8 +45,9 @@ def get(
     """Make a new, unbuilt feature map from a name, a config or an instance.
 
     **Args**
-        identifier: "favor_plus", "relu" or "elu"; a serialized feature map; or an instance, whose
-            configuration is copied, so that no two layers share a projection by accident.
+        identifier: "favor_plus", "favor_plus_plus", "hedgehog", "relu" or "elu"; a serialized
+            feature map; or an instance, whose configuration is copied, so that no two layers share
+            a projection by accident.
         num_features: Number of features, for a name. A config or an instance brings its own.
         seed: Seed, for a name.
         dtype: The policy of the map, for a name.
@@ -53,13 +66,13 @@ def get(
                 f"feature_map must be one of {sorted(_NAMES)} or a FeatureMap such as "
                 f"GeneralizedKernel(fn). Received: feature_map={identifier!r}"
             )
-        if identifier == "elu":
+        if identifier in ("elu", "hedgehog"):
             if num_features is not None:
                 raise ValueError(
-                    "The elu map has as many features as the head has dimensions: leave "
-                    f"num_features=None. Received: num_features={num_features}"
+                    f"The number of features of the {identifier} map follows from the head size: "
+                    f"leave num_features=None. Received: num_features={num_features}"
                 )
-            return ELU(dtype=dtype)
+            return _NAMES[identifier](dtype=dtype)
         return _NAMES[identifier](num_features, seed=seed, dtype=dtype)
     if num_features is not None:
         raise ValueError(

@@ -5,7 +5,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_performer.feature_maps.feature_map import FeatureMap
+from keras_performer.feature_maps.feature_map import FeatureMap, without_projection
 
 
 @keras.saving.register_keras_serializable(package="keras_performer")
@@ -35,5 +35,4 @@ class ELU(FeatureMap):
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor."""
-        config = super().get_config()
-        return {k: v for k, v in config.items() if k not in ("num_features", "projection", "seed")}
+        return without_projection(super().get_config())

@@ -22,7 +22,8 @@ class FavorPlus(FeatureMap):
     **Args**
         num_features: Number of features M, even if `hyperbolic`. None takes H ln(H) rounded up to
             a multiple of eight, at least eight.
-        projection: "orthogonal" (lower variance) or "iid".
+        projection: "orthogonal", "simplex" (lower variance still) or "iid" (the highest).
+        trainable_projection: Whether the projection is trained, see `FeatureMap`.
         hyperbolic: Use exp(w.x') and exp(-w.x') of M/2 rows; the variance is lower at equal M for
             short vectors, by the odd terms that cancel.
         regularized: Scale every row to norm sqrt(H) (SMREG): lower variance, biased downward.
@@ -52,27 +53,32 @@ class FavorPlus(FeatureMap):
     theorem 3 (regularised), section 2.4 (orthogonal).
     """
 
+    needs_projection = True
+
     def __init__(
         self,
         num_features: int | None = None,
         *,
         projection: str = "orthogonal",
+        trainable_projection: bool = False,
         hyperbolic: bool = False,
         regularized: bool = False,
         legacy_epsilon: float | tuple[float, float] | None = None,
         seed: int | None = None,
         **kwargs: Any,
     ) -> None:
-        if projection is None:
-            raise ValueError(
-                "FavorPlus needs a projection, 'orthogonal' or 'iid'. Received: projection=None"
-            )
         if hyperbolic and num_features is not None and num_features % 2:
             raise ValueError(
                 "A hyperbolic map has two features for each row of the projection, so num_features "
                 f"must be even. Received: num_features={num_features}"
             )
-        super().__init__(num_features, projection=projection, seed=seed, **kwargs)
+        super().__init__(
+            num_features,
+            projection=projection,
+            trainable_projection=trainable_projection,
+            seed=seed,
+            **kwargs,
+        )
         self.hyperbolic = hyperbolic
         self.regularized = regularized
         self.legacy_epsilon = legacy_epsilon

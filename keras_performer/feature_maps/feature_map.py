@@ -1,6 +1,7 @@
 """The interface of a feature map."""
 
 import math
+import operator
 import random
 from typing import Any
 
@@ -24,16 +25,66 @@ def default_num_features(head_dim: int) -> int:
     return max(8, 8 * math.ceil(head_dim * math.log(head_dim) / 8))
 
 
+def num_key_heads(input_shape: tuple[Any, ...]) -> int:
+    """The number K of key heads in the shape (B, S, K, H) of keys; 1 where it does not say.
+
+    **Example**
+
+    >>> num_key_heads((None, None, 3, 8)), num_key_heads((None, 8))
+    (3, 1)
+    """
+    is_known = len(input_shape) == 4 and isinstance(input_shape[2], int)
+    return input_shape[2] if is_known else 1
+
+
+def per_head(matrices: Any, x: Any) -> Any:
+    """Give matrices (K, P, Q), one for each key head, the axes that broadcast against x.
+
+    With four axes or more x is as attention passes it, (B, K, ..., L, H), and each head meets its
+    own matrix. Any other x (..., L, H) has no heads and meets their average, (P, Q).
+
+    **Raises** ValueError if axis 1 of x is not K.
+
+    **Example**
+
+    >>> tuple(per_head(np.ones((3, 5, 7)), np.ones((2, 3, 4, 11, 5))).shape)
+    (3, 1, 5, 7)
+    """
+    rank, num_heads = len(x.shape), matrices.shape[0]
+    if rank < 4:
+        return ops.mean(matrices, axis=0)
+    if num_heads > 1 and x.shape[1] != num_heads:
+        raise ValueError(
+            f"This feature map was built for {num_heads} key heads, which must be on axis 1: "
+            f"(batch, key heads, ..., length, head size). Received: x of shape {tuple(x.shape)}"
+        )
+    return ops.reshape(matrices, (num_heads, *(1 for _ in range(rank - 4)), *matrices.shape[1:]))
+
+
+def without_projection(config: dict[str, Any]) -> dict[str, Any]:
+    """The config of a map whose constructor has no arguments for a random projection.
+
+    **Example**
+
+    >>> without_projection({"name": "elu", "seed": None})
+    {'name': 'elu'}
+    """
+    absent = ("num_features", "projection", "trainable_projection", "seed")
+    return {name: value for name, value in config.items() if name not in absent}
+
+
 class FeatureMap(keras.layers.Layer):
     """Map a query or key x to features phi(x) >= 0; attention weighs keys by phi(q).phi(k).
 
     A subclass implements `features` and says with `log_space` what it returns. The random
     projection, if there is one, is a weight: drawn at build from `seed`, saved with the model, not
-    trained, never drawn again by itself.
+    trained unless asked, drawn again only by `redraw`.
 
     **Args**
         num_features: Number of features M. None takes `default_num_features(H)`.
-        projection: "orthogonal" or "iid" rows, or None for none.
+        projection: "orthogonal", "simplex" or "iid" rows, or None for none.
+        trainable_projection: Whether the projection is trained from its random start. Trained rows
+            are no Gaussian vectors, so what is estimated then is a kernel that the data chose.
         seed: Seeds the draw. None follows `keras.utils.set_random_seed`.
 
     **Shapes** Called on (..., H) it returns phi, (..., M), for inspection; attention uses
@@ -60,6 +111,8 @@ class FeatureMap(keras.layers.Layer):
     """Whether `features` returns logarithms."""
     supports_state: bool = True
     """Whether features of a key depend on that key alone."""
+    needs_projection: bool = False
+    """Whether the map is nothing without a projection."""
     causal_key_sum: float = 0.0
     """What causal attention starts its key sum from; other than zero only to imitate a peer."""
 
@@ -68,6 +121,7 @@ class FeatureMap(keras.layers.Layer):
         num_features: int | None = None,
         *,
         projection: str | None = None,
+        trainable_projection: bool = False,
         seed: int | None = None,
         **kwargs: Any,
     ) -> None:
@@ -77,13 +131,24 @@ class FeatureMap(keras.layers.Layer):
                 "num_features must be a positive integer, or None for the default. "
                 f"Received: num_features={num_features}"
             )
+        if projection is None and self.needs_projection:
+            raise ValueError(
+                f"{type(self).__name__} needs a projection, one of {sorted(PROJECTIONS)}. "
+                "Received: projection=None"
+            )
         if projection is not None and projection not in PROJECTIONS:
             raise ValueError(
                 f"projection must be one of {sorted(PROJECTIONS)} or None. "
                 f"Received: projection={projection!r}"
             )
+        if trainable_projection and projection is None:
+            raise ValueError(
+                "There is no projection to train: set projection='orthogonal' or "
+                "trainable_projection=False. Received: projection=None, trainable_projection=True"
+            )
         self.num_features = num_features
         self.projection_kind = projection
+        self.trainable_projection = trainable_projection
         self.seed = seed
         self.head_dim: int | None = None
         self.feature_dim: int | None = None
@@ -112,6 +177,37 @@ class FeatureMap(keras.layers.Layer):
         del key, key_mask
         return tuple(ops.convert_to_tensor(weight) for weight in self.weights)
 
+    def update_statistics(self, query: Any, key: Any, key_mask: Any = None) -> None:
+        """Let the queries and keys of a training step into the map's statistics.
+
+        Attention calls this in training. Most maps keep no statistics and do nothing; one that
+        adapts its features to the distribution of its inputs keeps moving averages of it as
+        non-trainable weights, so that features never depend on the sequence that they serve.
+
+        Args:
+            query: (B, T, N, H), not scaled. N is a multiple of K, and query head n belongs to key
+                head n // (N/K).
+            key: (B, S, K, H), not scaled.
+            key_mask: None, or (B, S) or (B, K, S), True or nonzero where a key takes part.
+        """
+        del query, key, key_mask
+
+    def redraw(self, seed: int) -> None:
+        """Replace the projection by the one that a new map of this `seed` would draw.
+
+        States and memories that were built with the old projection are worthless afterwards.
+
+        Raises:
+            ValueError: The map has no random projection, or is not built yet.
+        """
+        if self.projection is None:
+            raise ValueError(
+                "Only a built map with a random projection can be redrawn. Received: "
+                f"{type(self).__name__} with projection={self.projection_kind!r}, "
+                f"built={self.built}"
+            )
+        self.projection.assign(self._rows(self.projection.shape, operator.index(seed)))
+
     def build(self, input_shape: tuple[Any, ...]) -> None:
         """Draw the projection for head size `input_shape[-1]`."""
         head_dim = input_shape[-1]
@@ -127,7 +223,7 @@ class FeatureMap(keras.layers.Layer):
                 name="projection",
                 shape=(self._num_rows(self.feature_dim), head_dim),
                 initializer=self._draw,
-                trainable=False,
+                trainable=self.trainable_projection,
                 autocast=False,
                 dtype="float32",
             )
@@ -148,6 +244,7 @@ class FeatureMap(keras.layers.Layer):
             **super().get_config(),
             "num_features": self.num_features,
             "projection": self.projection_kind,
+            "trainable_projection": self.trainable_projection,
             "seed": self.seed,
         }
 
@@ -162,8 +259,10 @@ class FeatureMap(keras.layers.Layer):
 
     def _draw(self, shape: tuple[int, int], dtype: Any = None) -> Any:
         seed = random.randrange(2**31) if self.seed is None else self.seed
-        rows = self._project(*shape, np.random.default_rng(seed))
-        return ops.convert_to_tensor(rows, dtype=dtype)
+        return ops.convert_to_tensor(self._rows(shape, seed), dtype=dtype)
+
+    def _rows(self, shape: tuple[int, int], seed: int) -> np.ndarray:
+        return self._project(*shape, np.random.default_rng(seed))
 
     def _project(self, num_rows: int, head_dim: int, rng: np.random.Generator) -> np.ndarray:
         return PROJECTIONS[self.projection_kind or "iid"](num_rows, head_dim, rng)

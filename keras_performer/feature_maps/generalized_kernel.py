@@ -22,7 +22,8 @@ class GeneralizedKernel(FeatureMap):
             Keras activation. To save a model, register the function with
             `keras.saving.register_keras_serializable`. Tensors that it closes over get no gradient.
         num_features: Number of features M. Needs a projection; without one M = H.
-        projection: "orthogonal", "iid" or None.
+        projection: "orthogonal", "simplex", "iid" or None.
+        trainable_projection: Whether the projection is trained, see `FeatureMap`.
         scale_inputs: Whether x is multiplied by H^(-1/4) first.
         kernel_epsilon: Added to every feature. It mixes in the plain average, so it is part of the
             kernel. With 0 a query whose features are all zero gets zeros.
@@ -51,12 +52,19 @@ class GeneralizedKernel(FeatureMap):
         num_features: int | None = None,
         *,
         projection: str | None = None,
+        trainable_projection: bool = False,
         scale_inputs: bool = False,
         kernel_epsilon: float = 1e-3,
         seed: int | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(num_features, projection=projection, seed=seed, **kwargs)
+        super().__init__(
+            num_features,
+            projection=projection,
+            trainable_projection=trainable_projection,
+            seed=seed,
+            **kwargs,
+        )
         if num_features is not None and projection is None:
             raise ValueError(
                 "Without a projection the number of features is the head size: set "

@@ -14,7 +14,8 @@ class ReLU(FeatureMap):
 
     **Args**
         num_features: Number of features M. None takes H ln(H) rounded up to a multiple of eight.
-        projection: "orthogonal", "iid", or None for max(x, 0) with M = H.
+        projection: "orthogonal", "simplex", "iid", or None for max(x, 0) with M = H.
+        trainable_projection: Whether the projection is trained, see `FeatureMap`.
         kernel_epsilon: Added to every feature; with 0 a query whose features are all zero gets
             zeros.
         seed: Seeds the draw of the projection.
@@ -37,11 +38,18 @@ class ReLU(FeatureMap):
         num_features: int | None = None,
         *,
         projection: str | None = "orthogonal",
+        trainable_projection: bool = False,
         kernel_epsilon: float = 1e-3,
         seed: int | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(num_features, projection=projection, seed=seed, **kwargs)
+        super().__init__(
+            num_features,
+            projection=projection,
+            trainable_projection=trainable_projection,
+            seed=seed,
+            **kwargs,
+        )
         if num_features is not None and projection is None:
             raise ValueError(
                 "Without a projection the number of features is the head size: set "

@@ -47,9 +47,9 @@ class PerformerAttention(keras.layers.Layer):
         flash_attention: None or False. True is refused: there is no softmax to fuse.
         num_features: Number of features M of a map given by name. None takes H ln(H), rounded up
             to a multiple of eight, at least eight (272 for H = 64).
-        feature_map: "favor_plus", "relu", "elu", or a `keras_performer.feature_maps.FeatureMap`,
-            whose configuration is copied. None is exact softmax attention at quadratic cost: the
-            baseline with the same arguments and weights.
+        feature_map: "favor_plus", "favor_plus_plus", "hedgehog", "relu", "elu", or a
+            `keras_performer.feature_maps.FeatureMap`, whose configuration is copied. None is exact
+            softmax attention at quadratic cost: the baseline with the same arguments and weights.
         exact_window: W, to weigh keys in the query's own and the neighbouring blocks of W tokens
             exactly and only the others through features, see `favor_attention`. It makes few
             features go a long way; it is for self-attention, and maps that estimate softmax.
@@ -307,7 +307,7 @@ class PerformerAttention(keras.layers.Layer):
         # The last sublayer, so that the weights before it are those of `MultiHeadAttention`.
         if not self._is_exact:
             self._feature_map = self._make_feature_map()
-            self._feature_map.build((None, None, None, self.key_dim))
+            self._feature_map.build((None, None, groups, self.key_dim))
         self.built = True
 
     def call(
@@ -362,6 +362,9 @@ class PerformerAttention(keras.layers.Layer):
         else:
             options |= self._near_field()
             output = favor_attention(query, key, value, self._feature_map, **options, **carried)
+            if training:
+                # After the attention, which must not see this step's tokens in the statistics.
+                self._feature_map.update_statistics(query, key, dropped)
         state = None
         if return_state:
             output, state = output

@@ -181,24 +181,24 @@ def _attend_with_window(
     def absorb(keys, state):
         key, value, mask = keys
         options = {"causal": False, "key_mask": mask, "runs": None, "state": state}
-        arguments = (query[:, :, :1, :1], key, value, feature_map, operands)
-        return _chunked.attend(*arguments, **options)[1]
+        one_query = query[:, :, :1, :1]
+        return _chunked.attend(one_query, key, value, feature_map, operands, **options)[1]
 
     if causal:
-        near, *extended, mask, runs = begin(state, return_state)
+        near, keys, values, mask, runs = begin(state, return_state)
         options = {"causal": True, "key_mask": mask, "runs": runs, "state": state, "near": near}
-        output, sums = attend(query, *extended, feature_map, operands, **options)
+        output, sums = attend(query, keys, values, feature_map, operands, **options)
         if return_state:
-            sums = {**sums, **_near_field.finish(near, *extended, mask, runs)}
+            sums = {**sums, **_near_field.finish(near, keys, values, mask, runs)}
         return output, sums
     kept: dict[str, Any] = {}
     if state is not None and "window_key" in state:
         # To tokens of other positions all its keys are far.
         kept = {n: state[n] if n == "position" else ops.zeros_like(state[n]) for n in state}
         state = absorb(_near_field.remembered(state, exact_window), state)
-    near, *extended, mask, runs = begin(None, False)
+    near, keys, values, mask, runs = begin(None, False)
     options = {"causal": False, "key_mask": mask, "runs": runs, "state": state, "near": near}
-    output, sums = attend(query, *extended, feature_map, operands, **options)
+    output, sums = attend(query, keys, values, feature_map, operands, **options)
     if return_state:
         sums = {**kept, **absorb((key, value, key_mask), state)}
     return output, sums

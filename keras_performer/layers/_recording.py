@@ -1,0 +1,60 @@
+"""A look inside attention: the queries and keys of every layer that runs within a context."""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+
+class AttentionRecord(NamedTuple):
+    """What one call of a `PerformerAttention` compares."""
+
+    layer: Any
+    """The layer."""
+    query: Any
+    """(B, T, N, H), after normalisation and rotation, as it goes into `favor_attention`."""
+    key: Any
+    """(B, S, K, H), likewise."""
+    key_mask: Any
+    """None, or boolean (B, S) or (B, K, S)."""
+    causal: bool
+    """Whether query t sees only keys 0 to t."""
+    segment_ids: Any
+    """None, or integers (B, T)."""
+
+
+_RECORDS: contextvars.ContextVar[list[AttentionRecord] | None] = contextvars.ContextVar(
+    "records", default=None
+)
+
+
+@contextlib.contextmanager
+def record_attention() -> Iterator[list[AttentionRecord]]:
+    """Collect an `AttentionRecord` of every call of a `PerformerAttention` inside this context.
+
+    Run the model eagerly: within a compiled function there are no values to look at.
+
+    **Returns** The list that calls are added to, in their order.
+
+    **Example**
+
+    >>> layer = keras_performer.layers.PerformerAttention(num_heads=2, key_dim=8)
+    >>> x = np.ones((1, 5, 12), "float32")
+    >>> with record_attention() as records:
+    ...     _ = layer(x, x)
+    >>> records[0].layer is layer, tuple(records[0].query.shape)
+    (True, (1, 5, 2, 8))
+    """
+    records: list[AttentionRecord] = []
+    token = _RECORDS.set(records)
+    try:
+        yield records
+    finally:
+        _RECORDS.reset(token)
+
+
+def record(layer: Any, query: Any, key: Any, key_mask: Any, causal: bool, segment_ids: Any) -> None:
+    """Add a call to the list of the innermost `record_attention`; without one do nothing."""
+    records = _RECORDS.get()
+    if records is not None:
+        records.append(AttentionRecord(layer, query, key, key_mask, causal, segment_ids))
