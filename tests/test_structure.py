@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import keras_performer
+import keras_performer.callbacks
 import keras_performer.feature_maps
 import keras_performer.layers
 import keras_performer.models
@@ -21,7 +22,7 @@ import keras_performer.models
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "keras_performer"
 # Each part may import those before it. Presets are found by path, so nothing lies below them.
-PARTS = ("presets", "ops", "feature_maps", "layers", "models", "export")
+PARTS = ("presets", "ops", "feature_maps", "layers", "callbacks", "models", "export")
 FRAMEWORKS = {"tensorflow", "jax", "torch"}
 
 
@@ -137,7 +138,7 @@ def test_examples_of_docstrings(name):
 
 
 def public_objects():
-    for home in ("ops", "feature_maps", "layers", "models"):
+    for home in ("ops", "feature_maps", "layers", "callbacks", "models"):
         module = importlib.import_module(f"keras_performer.{home}")
         for name in module.__all__:
             yield pytest.param(getattr(module, name), id=f"{home}.{name}")

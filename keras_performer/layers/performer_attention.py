@@ -361,10 +361,11 @@ class PerformerAttention(keras.layers.Layer):
             output = softmax_attention(query, key, value, **options, **carried)
         else:
             options |= self._near_field()
-            output = favor_attention(query, key, value, self._feature_map, **options, **carried)
+            feature_map: Any = self._feature_map
+            output = favor_attention(query, key, value, feature_map, **options, **carried)
             if training:
                 # After the attention, which must not see this step's tokens in the statistics.
-                self._feature_map.update_statistics(query, key, dropped)
+                feature_map.update_statistics(query, key, dropped)
         state = None
         if return_state:
             output, state = output
