@@ -19,12 +19,23 @@ from keras_performer.ops import (
 from keras_performer.ops.favor_attention import IMPLEMENTATIONS
 
 BATCH, HEADS, KEY_HEADS, HEAD_DIM, VALUE_DIM, FEATURES = 2, 6, 3, 8, 5, 24
-NEAR = [
-    name
-    for name, module in IMPLEMENTATIONS.items()
-    if module.why_not(exact_window=4, num_sink_tokens=0) is None
+
+
+def implementations(segmented=False, stateful=False):
+    """The names of those that can run calls of this kind."""
+    kind = {"exact_window": 4, "segmented": segmented, "stateful": stateful}
+    return [name for name, module in IMPLEMENTATIONS.items() if module.why_not(**kind) is None]
+
+
+NEAR = implementations()
+STATEFUL = implementations(segmented=True, stateful=True)
+# With every kind of segments that it takes.
+FAST = [
+    (name, segmented)
+    for segmented in (False, True)
+    for name in implementations(segmented)
+    if name != "reference"
 ]
-FAST = [name for name in NEAR if name != "reference"]
 # (length, window): one tile, several, a window as long as the sequence, an odd one.
 SIZES = [(1, 4), (13, 4), (20, 32), (300, 16), (300, 75), (257, 64)]
 
@@ -92,10 +103,12 @@ def assert_states_close(actual, expected):
         np.testing.assert_array_equal(a, e)
 
 
-@pytest.mark.parametrize("implementation", NEAR)
+@pytest.mark.parametrize(
+    ("implementation", "segmented"),
+    [(name, segmented) for segmented in (False, True) for name in implementations(segmented)],
+)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("segmented", [False, True])
 def test_equals_a_float64_loop_over_pairs(implementation, causal, masked, segmented):
     length, window = 23, 3
     query, key, value = make_qkv(length)
@@ -121,10 +134,9 @@ def test_equals_a_float64_loop_over_pairs(implementation, causal, masked, segmen
     assert_close(unmasked(output, options), unmasked(expected, options))
 
 
-@pytest.mark.parametrize("implementation", FAST)
+@pytest.mark.parametrize(("implementation", "segmented"), FAST)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("segmented", [False, True])
 @pytest.mark.parametrize(("length", "window"), SIZES)
 def test_equals_the_reference(implementation, causal, masked, segmented, length, window):
     query, key, value = make_qkv(length)
@@ -136,10 +148,9 @@ def test_equals_the_reference(implementation, causal, masked, segmented, length,
     assert_close(unmasked(actual, options), unmasked(expected, options))
 
 
-@pytest.mark.parametrize("implementation", FAST)
+@pytest.mark.parametrize(("implementation", "segmented"), FAST)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("segmented", [False, True])
 def test_gradients_equal_the_reference(implementation, causal, masked, segmented):
     length = 150
     query, key, value = make_qkv(length)
@@ -363,7 +374,7 @@ def test_other_float_types(dtype, causal):
 # State.
 
 
-@pytest.mark.parametrize("implementation", NEAR)
+@pytest.mark.parametrize("implementation", STATEFUL)
 @pytest.mark.parametrize("segmented", [False, True])
 @pytest.mark.parametrize("splits", [(1,), (64,), (129,), (5, 6, 100, 137), tuple(range(1, 40))])
 def test_split_and_resume_equals_one_call(implementation, segmented, splits):
@@ -408,7 +419,7 @@ def test_split_and_resume_equals_one_call(implementation, segmented, splits):
     assert len(sizes) == 1
 
 
-@pytest.mark.parametrize("implementation", FAST)
+@pytest.mark.parametrize("implementation", sorted(set(STATEFUL) - {"reference"}))
 def test_the_returned_state_equals_the_reference(implementation):
     length = 300
     query, key, value = make_qkv(length)
@@ -425,7 +436,7 @@ def test_the_returned_state_equals_the_reference(implementation):
         assert_states_close(actual, expected)
 
 
-@pytest.mark.parametrize("implementation", NEAR)
+@pytest.mark.parametrize("implementation", STATEFUL)
 def test_ragged_rows_decode_token_by_token(implementation):
     """A prompt padded on the right, one padded on the left, then one token at a time."""
     length, prompt = 60, 30
@@ -463,7 +474,7 @@ def test_ragged_rows_decode_token_by_token(implementation):
             assert_close(to_numpy(output)[b, 0], expected[b, place])
 
 
-@pytest.mark.parametrize("implementation", NEAR)
+@pytest.mark.parametrize("implementation", STATEFUL)
 def test_bidirectional_states_join_the_far_field(implementation):
     """The keys of a bidirectional or of a causal state are far, every one of them once."""
     query, key, value = make_qkv(90)
@@ -522,8 +533,12 @@ def test_what_has_no_near_field_is_refused():
             favor_attention(query, key, value, fm, exact_window=bad)
     with pytest.raises(NotImplementedError, match="has no exact near field"):
         favor_attention(query, key, value, fm, exact_window=4, implementation="chunked")
-    with pytest.raises(NotImplementedError, match="set exact_window"):
-        favor_attention(query, key, value, fm, implementation="windowed")
+    for implementation in ("windowed", "blocked"):
+        with pytest.raises(NotImplementedError, match="set exact_window"):
+            favor_attention(query, key, value, fm, implementation=implementation)
+    with pytest.raises(NotImplementedError, match="take 'windowed' for segment_ids and states"):
+        options = {"exact_window": 4, "implementation": "blocked"}
+        favor_attention(query, key, value, fm, return_state=True, **options)
     options = {"causal": True, "exact_window": 4}
     _, state = favor_attention(query, key, value, fm, return_state=True, **options)
     with pytest.raises(ValueError, match="pass the same exact_window"):

@@ -19,7 +19,7 @@ BATCH, HEADS, KEY_HEADS, HEAD_DIM, VALUE_DIM, FEATURES = 2, 6, 3, 8, 5, 24
 PLAIN = sorted(
     name
     for name, module in IMPLEMENTATIONS.items()
-    if module.why_not(exact_window=None, num_sink_tokens=0) is None
+    if module.why_not(exact_window=None, segmented=False, stateful=False) is None
 )
 FAST = sorted(set(PLAIN) - {"reference"})
 LENGTHS = (1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 41)

@@ -38,13 +38,12 @@ WIDE_CHUNK = 256
 """Tokens a step when only the state is built or read."""
 
 
-def why_not(*, exact_window: int | None, num_sink_tokens: int) -> str | None:
+def why_not(*, exact_window: int | None, **_: Any) -> str | None:
     """Say in one sentence why this implementation cannot run, or return None."""
-    if exact_window or num_sink_tokens:
+    if exact_window:
         return (
             "implementation='chunked' has no exact near field: take 'windowed', or leave "
-            f"exact_window=None. Received: exact_window={exact_window}, "
-            f"num_sink_tokens={num_sink_tokens}."
+            f"exact_window=None. Received: exact_window={exact_window}."
         )
     return None
 

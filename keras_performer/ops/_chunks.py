@@ -61,6 +61,48 @@ def split(x: Any, axis: int, size: int) -> Any:
     return ops.transpose(x, (axis, *(i for i in range(len(shape) + 1) if i != axis)))
 
 
+def overlapping(
+    x: Any, axis: int, size: int, num_chunks: Any, before: int = 0, after: int = 0
+) -> Any:
+    """Cut `axis` into chunks of `size`, each with the slots beside it, and zeros at the end.
+
+    Args:
+        x: A tensor whose first `before` slots lie before the first chunk.
+        axis: Positive.
+        size: At least `before` and `after` if there are several chunks.
+        num_chunks: Number of chunks.
+        before: Slots to the left that a chunk has besides its own.
+        after: Slots to the right.
+
+    Returns:
+        (num_chunks, ..., before + size + after, ...).
+    """
+    one = isinstance(num_chunks, int) and num_chunks == 1
+    x = pad(x, axis, before + num_chunks * size + (size if after else 0))
+
+    def chunks(start: int, length: int) -> Any:
+        if one:  # which may be shorter than what lies beside it
+            part = x[(slice(None),) * axis + (slice(start, start + length),)]
+            return ops.expand_dims(part, 0)
+        part = x[(slice(None),) * axis + (slice(start, start + num_chunks * size),)]
+        part = split(part, axis, size)
+        return part[(slice(None),) * (axis + 1) + (slice(0, length),)]
+
+    parts = [chunks(before, size)]
+    if before:
+        parts.insert(0, chunks(0, before))
+    if after:
+        parts.append(chunks(before + size, after))
+    return ops.concatenate(parts, axis=axis + 1) if len(parts) > 1 else parts[0]
+
+
+def with_ones(value: Any, mask: Any) -> Any:
+    """Append to (B, K, S, V) a column of ones, zero where masked: its sum is the denominator."""
+    ones = ops.cast(ops.expand_dims(mask, -1), dtype_of(value))
+    ones = ops.broadcast_to(ones, (*ops.shape(value)[:-1], 1))
+    return ops.concatenate([value, ones], axis=-1)
+
+
 def split_rows(query: Any, size: int, num_chunks: Any) -> Any:
     """The rows of all query groups by chunks: (B, K, G, T, H) -> (num_chunks, B, K, G*size, H)."""
     chunks = split(pad(query, 3, size * num_chunks), 3, size)

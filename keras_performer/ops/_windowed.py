@@ -13,15 +13,14 @@ from keras import ops
 
 from keras_performer.ops._chunks import (
     LOG_ZERO,
-    dtype_of,
     join_rows,
     normalize,
-    pad,
+    overlapping,
     pad_before,
     same_run,
-    split,
     split_rows,
     tile_rows,
+    with_ones,
 )
 from keras_performer.ops._near_field import NearField, sinks_before
 from keras_performer.ops._scan import scan
@@ -39,9 +38,8 @@ from keras_performer.ops._sums import (
 _SMALLEST_TILE = 128
 
 
-def why_not(*, exact_window: int | None, num_sink_tokens: int) -> str | None:
+def why_not(*, exact_window: int | None, **_: Any) -> str | None:
     """Say in one sentence why this implementation cannot run, or return None."""
-    del num_sink_tokens
     if exact_window:
         return None
     return "implementation='windowed' is for an exact near field: set exact_window."
@@ -313,31 +311,14 @@ def _tiles(key, value, key_mask, runs, near, size, num_tiles, before, after):
         sink_value and sink_mask: the sinks of the sequence at the tile's first slot that lie before
         it.
     """
-    lead = before - near.front
-    total = before + num_tiles * size + (size if after else 0)
+    lead = before - near.front  # the state's slots are those before the first tile
 
     def tiles(x, axis):
-        x = pad(pad_before(x, axis, lead), axis, total)
-
-        def cut(start):
-            part = x[(slice(None),) * axis + (slice(start, start + num_tiles * size),)]
-            return split(part, axis, size)
-
-        edge = (slice(None),) * (axis + 1)
-        parts = [cut(before)]
-        if before and _is_one(num_tiles):
-            # A single tile may be shorter than what lies before it.
-            start = ops.expand_dims(x[(slice(None),) * axis + (slice(0, before),)], 0)
-            parts.insert(0, start)
-        elif before:
-            parts.insert(0, cut(0)[(*edge, slice(0, before))])
-        if after:
-            parts.append(cut(before + size)[(*edge, slice(0, after))])
-        return ops.concatenate(parts, axis=axis + 1) if len(parts) > 1 else parts[0]
+        return overlapping(pad_before(x, axis, lead), axis, size, num_tiles, before, after)
 
     arrays = {
         "key": tiles(key, 2),
-        "value": tiles(_with_ones(value, key_mask), 2),
+        "value": tiles(with_ones(value, key_mask), 2),
         "mask": tiles(key_mask, 2),
         "position": tiles(near.positions, 1),
     }
@@ -345,23 +326,17 @@ def _tiles(key, value, key_mask, runs, near, size, num_tiles, before, after):
         arrays["stays"] = tiles(near.stays, 1)
     if runs is not None:
         # Padding continues the last run, so that the sums at the end are the last segment's.
-        more = ops.broadcast_to(runs[:, -1:], (ops.shape(runs)[0], total))
-        arrays["run"] = tiles(ops.concatenate([runs, more], axis=1)[:, : total - lead], 1)
+        end = near.front + (num_tiles + bool(after)) * size
+        more = ops.broadcast_to(runs[:, -1:], (ops.shape(runs)[0], end))
+        arrays["run"] = tiles(ops.concatenate([runs, more], axis=1)[:, :end], 1)
     # Before a single tile lies only what a state remembers.
     if near.num_sinks and not (_is_one(num_tiles) and near.sinks is None):
         slots = ops.expand_dims(ops.arange(num_tiles, dtype="int32") * size - lead, 0)
         slots = ops.maximum(slots, 0)
         sink_key, sink_value, sink_mask = sinks_before(near, key, value, key_mask, slots)
-        sink_value = _with_ones(sink_value, sink_mask)
+        sink_value = with_ones(sink_value, sink_mask)
         arrays |= {"sink_key": sink_key, "sink_value": sink_value, "sink_mask": sink_mask}
     return arrays
-
-
-def _with_ones(value, mask):
-    """Append the column whose weighted sum is the denominator, zero where masked."""
-    ones = ops.cast(ops.expand_dims(mask, -1), dtype_of(value))
-    ones = ops.broadcast_to(ones, (*ops.shape(value)[:-1], 1))
-    return ops.concatenate([value, ones], axis=-1)
 
 
 def _part(tile, slots):

@@ -5,10 +5,15 @@ from typing import Any
 from keras import backend, ops
 from keras.utils import is_keras_tensor
 
-from keras_performer.ops import _chunked, _near_field, _reference, _windowed
+from keras_performer.ops import _blocked, _chunked, _near_field, _reference, _windowed
 from keras_performer.ops._chunks import LOG_ZERO, dtype_of, run_indices
 
-IMPLEMENTATIONS = {"chunked": _chunked, "windowed": _windowed, "reference": _reference}
+IMPLEMENTATIONS = {
+    "chunked": _chunked,
+    "blocked": _blocked,
+    "windowed": _windowed,
+    "reference": _reference,
+}
 """By name, in the order of preference of `implementation="auto"`."""
 
 
@@ -58,8 +63,9 @@ def favor_attention(
         initial_state: A state returned earlier. Causal: the sequence goes on after it.
             Bidirectional: every query also sees the keys in it, through features.
         return_state: Whether to return the state after all keys as well.
-        implementation: "auto", "chunked" or "windowed" (linear time and memory, without and with
-            an exact window) or "reference" (the definition, quadratic).
+        implementation: "auto"; "chunked", of linear time and memory; with an exact window
+            "blocked", for whole sequences, or "windowed", for segments and states too; or
+            "reference" (the definition, quadratic).
 
     **Returns** The output (B, T, N, V) of the type of `query`; with `return_state=True` a pair of
     it and the state: a dictionary of `kv` (B, K, M, V), `k_sum` (B, K, M) and `log_max` (B, K, M),
@@ -112,7 +118,12 @@ def favor_attention(
     query, key, value = (ops.convert_to_tensor(t) for t in (query, key, value))
     _check_shapes(query, key, value, causal, segment_ids is not None)
     exact_window = _check_window(exact_window, num_sink_tokens, feature_map, query, key)
-    chosen = _choose(implementation, exact_window=exact_window, num_sink_tokens=num_sink_tokens)
+    chosen = _choose(
+        implementation,
+        exact_window=exact_window,
+        segmented=segment_ids is not None,
+        stateful=initial_state is not None or return_state,
+    )
     _build(feature_map, key)
     output_dtype = dtype_of(query)
     dtype = "float64" if output_dtype == "float64" else "float32"

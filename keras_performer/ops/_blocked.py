@@ -1,0 +1,323 @@
+"""Faster implementation of `favor_attention` with an exact near field, for whole sequences.
+
+Rows are moved so that each begins at its first unmasked token. The grid of blocks then is that of
+the slots: a block of W queries meets two or three blocks of keys exactly, and all the others
+through one state, so no pair is weighed through features. A step of the scan takes several blocks;
+what each of them sees of the step's own keys is a sum of block states, weighed in one product.
+
+The layout is that of `_chunked`, with G blocks a step: query (B, K, G, R, H) for R = W rows of each
+query group, keys (B, K, L, H) for the L slots of the step's blocks and their neighbours.
+"""
+
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+from keras_performer.ops._chunks import (
+    LOG_ZERO,
+    dtype_of,
+    normalize,
+    overlapping,
+    pad,
+    pad_before,
+    split,
+    with_ones,
+)
+from keras_performer.ops._near_field import NearField
+from keras_performer.ops._scan import scan
+from keras_performer.ops._sums import (
+    LIFT,
+    absorb,
+    features,
+    initial_carry,
+    key_features,
+    no_carry,
+)
+
+_STEP = 512
+"""Tokens a step, in whole blocks."""
+
+
+def why_not(*, exact_window: int | None, segmented: bool, stateful: bool, **_: Any) -> str | None:
+    """Say in one sentence why this implementation cannot run, or return None."""
+    if not exact_window:
+        return "implementation='blocked' is for an exact near field: set exact_window."
+    if segmented or stateful:
+        return (
+            "implementation='blocked' takes whole sequences, one a row: take 'windowed' for "
+            "segment_ids and states."
+        )
+    return None
+
+
+def attend(
+    query: Any,
+    key: Any,
+    value: Any,
+    feature_map: Any,
+    operands: tuple[Any, ...],
+    *,
+    causal: bool,
+    key_mask: Any,
+    runs: Any,
+    state: dict[str, Any] | None,
+    near: NearField,
+) -> tuple[Any, dict[str, Any]]:
+    """Compute attention in O(T (W (H + V) + M (H + V))) time and memory linear in T.
+
+    Arguments and result are those of `_windowed.attend`; `runs` and `state` are None.
+    """
+    del runs, state
+    window, length = near.window, ops.shape(query)[3]
+    first = -near.positions[:, 0]
+    # Seldom: rows that are padded on the left.
+    moves = ops.any(first != 0)
+    query, key, value, key_mask = (
+        ops.cond(moves, lambda x=x, axis=axis: _moved(x, axis, first), lambda x=x: x)
+        for x, axis in ((query, 3), (key, 2), (value, 2), (key_mask, 2))
+    )
+    size, num_steps = _plan(length, window)
+    after = 0 if causal else window
+    value = with_ones(value, key_mask)
+    arrays = {"query": _query_blocks(query, window, size, num_steps)}
+    for name, x in (("key", key), ("value", value), ("mask", key_mask)):
+        x = pad_before(x, 2, window)
+        arrays[name] = overlapping(x, 2, size * window, num_steps, window, after)
+    sinks = ()
+    if near.num_sinks:
+        place = ops.expand_dims(ops.arange(num_steps * size * window, dtype="int32"), 0)
+        # What lies before the first key is a sink here too, and masked.
+        place = pad_before(place, 1, window)
+        place = overlapping(place, 1, size * window, num_steps, window, after)
+        arrays["is_sink"] = place < near.num_sinks
+        arrays["block"] = split(ops.arange(num_steps * size, dtype="int32"), 0, size)
+        sinks = tuple(x[:, :, : near.num_sinks] for x in (key, value))
+    # Two blocks see each other: there is nothing beyond.
+    has_far = not (isinstance(num_steps, int) and num_steps * size <= 2)
+    empty = initial_carry(None, key, value[..., :-1], feature_map)
+    if has_far and not causal:
+        arrays |= _sums_beside(arrays, feature_map, operands, empty, size * window)
+    order = _order(causal, window, query.shape[2])
+
+    def step(carry, xs, weights):
+        tile = dict(zip(arrays, xs, strict=True))
+        weights, sink = weights[: len(operands)], weights[len(operands) :]
+        q = tile["query"]
+        k, v, m = (_by_blocks(tile[name], window) for name in ("key", "value", "mask"))
+        near_key, near_value, near_mask = (_near_blocks(x, size) for x in (k, v, m))
+        visible = ops.logical_and(order, ops.expand_dims(near_mask, 3))
+        logits = [_logits(q, near_key, visible)]
+        near_values = [near_value]
+        if sink:
+            visible = _sees_sinks(tile["block"], key_mask[:, :, : near.num_sinks], window, causal)
+            sink_key, sink_value = (ops.expand_dims(x, 2) for x in sink)
+            logits.append(_logits(q, sink_key, visible))
+            near_values.append(sink_value)
+        row_max = LOG_ZERO / 2
+        for x in logits:
+            row_max = ops.maximum(row_max, ops.max(x, axis=-1, keepdims=True))
+        if not has_far:
+            row_max = ops.stop_gradient(row_max)
+            return carry, (normalize(_weigh(logits, near_values, row_max)),)
+        phi_q, log_q = features(feature_map, q, weights, is_query=True)
+        outer = (
+            [carry]
+            if causal
+            else [(tile[f"{side}_sums"], tile[f"{side}_scale"]) for side in ("before", "after")]
+        )
+        blocks = slice(0, size) if causal else slice(None)
+        own = _block_sums(tile, feature_map, weights, window, blocks)
+        sums, scales = _combine(outer, own, _seen_blocks(size, causal))
+        scale = log_q + ops.expand_dims(scales[:, :, :size], (-1, -2))
+        row_max = ops.stop_gradient(ops.maximum(row_max, scale))
+        total = _weigh(logits, near_values, row_max)
+        total = total + ops.exp(scale - row_max) * ops.matmul(phi_q, sums[:, :, :size])
+        if causal:
+            carry = (sums[:, :, size], ops.expand_dims(scales[:, :, size], (-1, -2)))
+        return carry, (normalize(total),)
+
+    _, (output,) = scan(
+        step,
+        empty if causal and has_far else no_carry(query),
+        tuple(arrays.values()),
+        (*operands, *sinks),
+        output_shapes=[(*ops.shape(arrays["query"])[1:-1], value.shape[-1] - 1)],
+    )
+    output = _from_blocks(output, query, window)
+    return ops.cond(moves, lambda: _moved(output, 3, -first), lambda: output), {}
+
+
+# Rows and blocks.
+
+
+def _moved(x, axis, amount):
+    """Let slot t of each row of `axis` become its slot t + amount (B,); zeros come in."""
+    shape, rest = ops.shape(x), [1 for _ in x.shape[axis + 1 :]]
+    length, heads = shape[axis], shape[1:axis]
+    slots = ops.expand_dims(amount, -1) + ops.arange(length, dtype="int32")
+    inside = ops.logical_and(slots >= 0, slots < length)
+    # Whole rows are taken: their gradient is added row by row as well.
+    lines = ops.reshape(x, (-1, *shape[axis + 1 :]))
+    line = ops.arange(ops.shape(lines)[0] // length, dtype="int32") * length
+    line = ops.reshape(line, (shape[0], -1, 1))
+    index = line + ops.expand_dims(ops.clip(slots, 0, length - 1), 1)
+    moved = ops.reshape(ops.take(lines, ops.reshape(index, (-1,)), axis=0), shape)
+    inside = ops.reshape(inside, (shape[0], *(1 for _ in heads), length, *rest))
+    return ops.where(inside, moved, ops.zeros((), dtype_of(x)))
+
+
+def _plan(length, window):
+    """Blocks a step, and number of steps."""
+    size = max(1, _STEP // window)
+    if not isinstance(length, int):
+        return size, (length + size * window - 1) // (size * window)
+    num_blocks = -(-length // window)
+    num_steps = -(-num_blocks // size)
+    size = -(-num_blocks // num_steps)
+    return size, -(-num_blocks // size)
+
+
+def _query_blocks(query, window, size, num_steps):
+    """(B, K, Q, T, H) for Q query groups -> (n, B, K, G, Q*W, H)."""
+    query = pad(query, 3, num_steps * size * window)
+    batch, num_heads, num_groups, _, head_dim = ops.shape(query)
+    shape = (batch, num_heads, num_groups, num_steps, size, window, head_dim)
+    query = ops.transpose(ops.reshape(query, shape), (3, 0, 1, 4, 2, 5, 6))
+    return ops.reshape(query, (num_steps, batch, num_heads, size, num_groups * window, head_dim))
+
+
+def _from_blocks(rows, query, window):
+    """(n, B, K, G, Q*W, V) -> (B, K, Q, T, V)."""
+    num_steps, batch, num_heads, size, _, value_dim = ops.shape(rows)
+    num_groups, length = ops.shape(query)[2:4]
+    rows = ops.reshape(rows, (num_steps, batch, num_heads, size, num_groups, window, value_dim))
+    rows = ops.transpose(rows, (1, 2, 4, 0, 3, 5, 6))
+    shape = (batch, num_heads, num_groups, num_steps * size * window, value_dim)
+    return ops.reshape(rows, shape)[:, :, :, :length]
+
+
+def _by_blocks(x, window):
+    """(B, K, E*W, ...) -> (B, K, E, W, ...)."""
+    shape = [*ops.shape(x)]
+    return ops.reshape(x, (*shape[:2], shape[2] // window, window, *shape[3:]))
+
+
+def _near_blocks(x, size):
+    """Blocks (B, K, E, W, ...), E - G of them neighbours, -> (B, K, G, (1 + E - G) W, ...)."""
+    parts = [x[:, :, i : i + size] for i in range(x.shape[2] - size + 1)]
+    return ops.concatenate(parts, axis=3)
+
+
+def _order(causal, window, num_groups):
+    """What a block's rows may see of its near keys by their order: (1, 1, 1, R or 1, L)."""
+    if not causal:
+        return np.ones((1, 1, 1, 1, 1), bool)
+    order = np.concatenate([np.ones((window, window), bool), np.tri(window, dtype=bool)], axis=1)
+    return np.tile(order, (num_groups, 1))[None, None, None]
+
+
+def _sees_sinks(block, sink_mask, window, causal):
+    """Whether the queries of `block` (G,) see a sink by its own column: (B, K or 1, G, 1, s)."""
+    sink_block = ops.arange(ops.shape(sink_mask)[2], dtype="int32") // window
+    apart = ops.expand_dims(block, -1) - sink_block
+    beyond = apart > 1 if causal else ops.abs(apart) > 1
+    visible = ops.logical_and(ops.expand_dims(sink_mask, 2), beyond)
+    return ops.expand_dims(visible, 3)
+
+
+def _logits(query, key, visible):
+    scores = ops.matmul(query * query.shape[-1] ** -0.5, ops.swapaxes(key, -1, -2))
+    return ops.where(visible, scores, LOG_ZERO)
+
+
+def _weigh(logits, values, row_max):
+    """The sum of values by exact scores, lifted as products of features are."""
+    parts = [
+        ops.matmul(ops.exp(x - row_max) * LIFT**2, v) for x, v in zip(logits, values, strict=True)
+    ]
+    return sum(parts[1:], parts[0])
+
+
+# Sums of features.
+
+
+def _without_sinks(tile, slots):
+    """Value (B, K, L, V+1) and mask (B, K or 1, L) of a step's slots, less the sinks."""
+    value, mask = tile["value"][:, :, slots], tile["mask"][:, :, slots]
+    if "is_sink" in tile:
+        far = ops.logical_not(ops.expand_dims(tile["is_sink"][:, slots], 1))
+        mask = ops.logical_and(mask, far)
+        value = ops.where(ops.expand_dims(far, -1), value, 0.0)
+    return value, mask
+
+
+def _sums_beside(arrays, feature_map, operands, empty, length):
+    """For every step the sums of the keys that lie before its slots, and of those behind them."""
+    names = [name for name in ("key", "value", "mask", "is_sink") if name in arrays]
+    found = {}
+    for side, slots in (("before", slice(0, length)), ("after", slice(-length, None))):
+
+        def step(carry, xs, weights, slots=slots):
+            tile = dict(zip(names, xs, strict=True))
+            value, mask = _without_sinks(tile, slots)
+            mask = ops.expand_dims(mask, -1)
+            keys = key_features(feature_map, tile["key"][:, :, slots], weights, mask)
+            return absorb(carry, value, *keys), carry
+
+        _, (sums, scale) = scan(
+            step,
+            empty,
+            tuple(arrays[name] for name in names),
+            operands,
+            output_shapes=[ops.shape(x) for x in empty],
+            reverse=side == "after",
+        )
+        found |= {f"{side}_sums": sums, f"{side}_scale": scale}
+    return found
+
+
+def _block_sums(tile, feature_map, operands, window, blocks):
+    """The sums (B, K, E, M, V+1) of each of some blocks of a step, and log scales (B, K, E, 1)."""
+    key, value = _by_blocks(tile["key"], window)[:, :, blocks], None
+    value, mask = _without_sinks(tile, slice(None))
+    value, mask = (_by_blocks(x, window)[:, :, blocks] for x in (value, mask))
+    phi, log_scale = key_features(feature_map, key, operands, ops.expand_dims(mask, -1))
+    scale = ops.stop_gradient(ops.max(log_scale, axis=-2, keepdims=True))
+    value = value * ops.exp(log_scale - scale)
+    return ops.matmul(ops.swapaxes(phi, -1, -2), value), ops.squeeze(scale, -1)
+
+
+def _combine(outer, own, seen):
+    """Weigh sums by which of them are `seen`, a boolean array (rows, outer + E).
+
+    Args:
+        outer: Pairs of sums (B, K, M, V+1) and log scale (B, K, 1, 1).
+        own: Sums (B, K, E, M, V+1) and log scales (B, K, E, 1).
+        seen: Which of these each row adds up.
+
+    Returns:
+        Sums (B, K, rows, M, V+1) and log scales (B, K, rows).
+    """
+    sums = [*(ops.expand_dims(s, 2) for s, _ in outer), own[0]]
+    scales = [*(ops.squeeze(s, -1) for _, s in outer), ops.squeeze(own[1], -1)]
+    sums, scales = ops.concatenate(sums, axis=2), ops.concatenate(scales, axis=-1)
+    scales = ops.where(seen, ops.expand_dims(scales, 2), LOG_ZERO)
+    largest = ops.max(scales, axis=-1)
+    factors = ops.exp(scales - ops.expand_dims(largest, -1))
+    batch, num_heads, count, num_features, width = ops.shape(sums)
+    flat = ops.reshape(sums, (batch, num_heads, count, num_features * width))
+    combined = ops.matmul(factors, flat)
+    return ops.reshape(combined, (batch, num_heads, -1, num_features, width)), largest
+
+
+def _seen_blocks(size, causal):
+    """Which sums the queries of each block read, and causally, in a last row, the next carry."""
+    block = np.arange(size)[:, None]
+    if causal:
+        # The sums before the step, and then the block before it and its own but the last.
+        own = np.arange(size) < block
+        own = np.concatenate([own, np.ones((1, size), bool)])
+        return np.concatenate([np.ones((size + 1, 1), bool), own], axis=1)
+    own = np.abs(np.arange(size + 2) - 1 - block) > 1
+    return np.concatenate([np.ones((size, 2), bool), own], axis=1)
