@@ -21,6 +21,7 @@ from keras_performer.ops._chunks import (
     overlapping,
     pad,
     pad_before,
+    part,
     split,
     with_ones,
 )
@@ -39,7 +40,7 @@ _STEP = 512
 """Tokens a step, in whole blocks."""
 
 
-def why_not(*, exact_window: int | None, segmented: bool, stateful: bool, **_: Any) -> str | None:
+def why_not(*, exact_window: int | None, segmented: bool, stateful: bool) -> str | None:
     """Say in one sentence why this implementation cannot run, or return None."""
     if not exact_window:
         return "implementation='blocked' is for an exact near field: set exact_window."
@@ -84,7 +85,7 @@ def attend(
     for name, x in (("key", key), ("value", value), ("mask", key_mask)):
         x = pad_before(x, 2, window)
         arrays[name] = overlapping(x, 2, size * window, num_steps, window, after)
-    sinks = ()
+    sinks, count = (), 0
     if near.num_sinks:
         place = ops.expand_dims(ops.arange(num_steps * size * window, dtype="int32"), 0)
         # What lies before the first key is a sink here too, and masked.
@@ -92,10 +93,11 @@ def attend(
         place = overlapping(place, 1, size * window, num_steps, window, after)
         arrays["is_sink"] = place < near.num_sinks
         arrays["block"] = split(ops.arange(num_steps * size, dtype="int32"), 0, size)
-        sinks = tuple(x[:, :, : near.num_sinks] for x in (key, value))
+        count = min(near.num_sinks, length) if isinstance(length, int) else near.num_sinks
+        sinks = tuple(part(x, 2, 0, count) for x in (key, value))
     # Two blocks see each other: there is nothing beyond.
     has_far = not (isinstance(num_steps, int) and num_steps * size <= 2)
-    empty = initial_carry(None, key, value[..., :-1], feature_map)
+    empty = initial_carry(None, key, part(value, 3, 0, value.shape[-1] - 1), feature_map)
     if has_far and not causal:
         arrays |= _sums_beside(arrays, feature_map, operands, empty, size * window)
     order = _order(causal, window, query.shape[2])
@@ -110,7 +112,7 @@ def attend(
         logits = [_logits(q, near_key, visible)]
         near_values = [near_value]
         if sink:
-            visible = _sees_sinks(tile["block"], key_mask[:, :, : near.num_sinks], window, causal)
+            visible = _sees_sinks(tile["block"], key_mask[:, :, :count], window, causal)
             sink_key, sink_value = (ops.expand_dims(x, 2) for x in sink)
             logits.append(_logits(q, sink_key, visible))
             near_values.append(sink_value)
@@ -126,15 +128,22 @@ def attend(
             if causal
             else [(tile[f"{side}_sums"], tile[f"{side}_scale"]) for side in ("before", "after")]
         )
-        blocks = slice(0, size) if causal else slice(None)
-        own = _block_sums(tile, feature_map, weights, window, blocks)
+        # Causally the last block is none that the step's queries read.
+        own = _block_sums(tile, feature_map, weights, window, size if causal else size + 2)
         sums, scales = _combine(outer, own, _seen_blocks(size, causal))
-        scale = log_q + ops.expand_dims(scales[:, :, :size], (-1, -2))
+        read, scale = sums, scales
+        if causal:  # the last row is the next carry
+            read, scale = part(sums, 2, 0, size), part(scales, 2, 0, size)
+        scale = log_q + ops.expand_dims(scale, (-1, -2))
         row_max = ops.stop_gradient(ops.maximum(row_max, scale))
         total = _weigh(logits, near_values, row_max)
-        total = total + ops.exp(scale - row_max) * ops.matmul(phi_q, sums[:, :, :size])
+        # Products of features are lifted twice.
+        total = total + ops.exp(scale - row_max) * LIFT**-2 * ops.matmul(phi_q, read)
         if causal:
-            carry = (sums[:, :, size], ops.expand_dims(scales[:, :, size], (-1, -2)))
+            carry = (
+                ops.squeeze(part(sums, 2, size, 1), 2),
+                ops.expand_dims(part(scales, 2, size, 1), -1),
+            )
         return carry, (normalize(total),)
 
     _, (output,) = scan(
@@ -194,7 +203,7 @@ def _from_blocks(rows, query, window):
     rows = ops.reshape(rows, (num_steps, batch, num_heads, size, num_groups, window, value_dim))
     rows = ops.transpose(rows, (1, 2, 4, 0, 3, 5, 6))
     shape = (batch, num_heads, num_groups, num_steps * size * window, value_dim)
-    return ops.reshape(rows, shape)[:, :, :, :length]
+    return part(ops.reshape(rows, shape), 3, 0, length)
 
 
 def _by_blocks(x, window):
@@ -205,7 +214,7 @@ def _by_blocks(x, window):
 
 def _near_blocks(x, size):
     """Blocks (B, K, E, W, ...), E - G of them neighbours, -> (B, K, G, (1 + E - G) W, ...)."""
-    parts = [x[:, :, i : i + size] for i in range(x.shape[2] - size + 1)]
+    parts = [part(x, 2, i, size) for i in range(x.shape[2] - size + 1)]
     return ops.concatenate(parts, axis=3)
 
 
@@ -232,37 +241,33 @@ def _logits(query, key, visible):
 
 
 def _weigh(logits, values, row_max):
-    """The sum of values by exact scores, lifted as products of features are."""
-    parts = [
-        ops.matmul(ops.exp(x - row_max) * LIFT**2, v) for x, v in zip(logits, values, strict=True)
-    ]
+    """The sum of values by exact scores."""
+    parts = [ops.matmul(ops.exp(x - row_max), v) for x, v in zip(logits, values, strict=True)]
     return sum(parts[1:], parts[0])
 
 
 # Sums of features.
 
 
-def _without_sinks(tile, slots):
-    """Value (B, K, L, V+1) and mask (B, K or 1, L) of a step's slots, less the sinks."""
-    value, mask = tile["value"][:, :, slots], tile["mask"][:, :, slots]
+def _far_keys(tile, start, length):
+    """Key, value and mask of some of a step's slots, less the sinks."""
+    key, value, mask = (part(tile[name], 2, start, length) for name in ("key", "value", "mask"))
     if "is_sink" in tile:
-        far = ops.logical_not(ops.expand_dims(tile["is_sink"][:, slots], 1))
+        far = ops.expand_dims(ops.logical_not(part(tile["is_sink"], 1, start, length)), 1)
         mask = ops.logical_and(mask, far)
         value = ops.where(ops.expand_dims(far, -1), value, 0.0)
-    return value, mask
+    return key, value, mask
 
 
 def _sums_beside(arrays, feature_map, operands, empty, length):
     """For every step the sums of the keys that lie before its slots, and of those behind them."""
     names = [name for name in ("key", "value", "mask", "is_sink") if name in arrays]
     found = {}
-    for side, slots in (("before", slice(0, length)), ("after", slice(-length, None))):
+    for side, start in (("before", 0), ("after", arrays["key"].shape[3] - length)):
 
-        def step(carry, xs, weights, slots=slots):
-            tile = dict(zip(names, xs, strict=True))
-            value, mask = _without_sinks(tile, slots)
-            mask = ops.expand_dims(mask, -1)
-            keys = key_features(feature_map, tile["key"][:, :, slots], weights, mask)
+        def step(carry, xs, weights, start=start):
+            key, value, mask = _far_keys(dict(zip(names, xs, strict=True)), start, length)
+            keys = key_features(feature_map, key, weights, ops.expand_dims(mask, -1))
             return absorb(carry, value, *keys), carry
 
         _, (sums, scale) = scan(
@@ -277,11 +282,9 @@ def _sums_beside(arrays, feature_map, operands, empty, length):
     return found
 
 
-def _block_sums(tile, feature_map, operands, window, blocks):
-    """The sums (B, K, E, M, V+1) of each of some blocks of a step, and log scales (B, K, E, 1)."""
-    key, value = _by_blocks(tile["key"], window)[:, :, blocks], None
-    value, mask = _without_sinks(tile, slice(None))
-    value, mask = (_by_blocks(x, window)[:, :, blocks] for x in (value, mask))
+def _block_sums(tile, feature_map, operands, window, count):
+    """The sums (B, K, E, M, V+1) of a step's first blocks, and their log scales (B, K, E, 1)."""
+    key, value, mask = (_by_blocks(x, window) for x in _far_keys(tile, 0, count * window))
     phi, log_scale = key_features(feature_map, key, operands, ops.expand_dims(mask, -1))
     scale = ops.stop_gradient(ops.max(log_scale, axis=-2, keepdims=True))
     value = value * ops.exp(log_scale - scale)

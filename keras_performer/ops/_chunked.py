@@ -38,8 +38,9 @@ WIDE_CHUNK = 256
 """Tokens a step when only the state is built or read."""
 
 
-def why_not(*, exact_window: int | None, **_: Any) -> str | None:
+def why_not(*, exact_window: int | None, **options: Any) -> str | None:
     """Say in one sentence why this implementation cannot run, or return None."""
+    del options
     if exact_window:
         return (
             "implementation='chunked' has no exact near field: take 'windowed', or leave "

@@ -48,6 +48,17 @@ def pad_before(x: Any, axis: int, count: int) -> Any:
     return ops.concatenate([ops.zeros(shape, dtype_of(x)), x], axis=axis)
 
 
+def part(x: Any, axis: int, start: int, length: Any) -> Any:
+    """Slots `start` to `start + length` of `axis` (positive).
+
+    What `x[start:stop]` is, but its gradient is a padding on TensorFlow, which takes a fraction of
+    the time of that of an index.
+    """
+    starts, shape = [0] * len(x.shape), [*ops.shape(x)]
+    starts[axis], shape[axis] = start, length
+    return ops.slice(x, starts, shape)
+
+
 def cut(x: Any, axis: int, largest: int) -> Any:
     """Cut `axis` (positive) into the chunks of `plan`: (num_chunks, ..., size, ...)."""
     size, num_chunks = plan(ops.shape(x)[axis], largest)
@@ -82,11 +93,9 @@ def overlapping(
 
     def chunks(start: int, length: int) -> Any:
         if one:  # which may be shorter than what lies beside it
-            part = x[(slice(None),) * axis + (slice(start, start + length),)]
-            return ops.expand_dims(part, 0)
-        part = x[(slice(None),) * axis + (slice(start, start + num_chunks * size),)]
-        part = split(part, axis, size)
-        return part[(slice(None),) * (axis + 1) + (slice(0, length),)]
+            return ops.expand_dims(part(x, axis, start, length), 0)
+        found = split(part(x, axis, start, num_chunks * size), axis, size)
+        return found if length == size else part(found, axis + 1, 0, length)
 
     parts = [chunks(before, size)]
     if before:
@@ -117,7 +126,7 @@ def join_rows(rows: Any, query: Any, size: int) -> Any:
     rows = ops.reshape(rows, (num_chunks, batch, num_heads, num_groups, size, value_dim))
     rows = ops.transpose(rows, (1, 2, 3, 0, 4, 5))
     rows = ops.reshape(rows, (batch, num_heads, num_groups, num_chunks * size, value_dim))
-    return rows[:, :, :, :length]
+    return part(rows, 3, 0, length)
 
 
 def same_run(run_a: Any, run_b: Any) -> Any:
@@ -138,11 +147,12 @@ def normalize(weighted: Any) -> Any:
     The row is first scaled by a constant that brings its denominator to one: the gradient of a
     quotient may be formed from the square of the denominator, which can leave the float32 range.
     """
-    seen = weighted[..., -1:] > 0
-    scale = ops.stop_gradient(ops.where(seen, weighted[..., -1:], 1.0))
-    weighted = weighted / scale
-    denominator = ops.where(seen, weighted[..., -1:], 1.0)
-    return ops.where(seen, weighted[..., :-1] / denominator, 0.0)
+    axis, value_dim = len(weighted.shape) - 1, weighted.shape[-1] - 1
+    denominator = part(weighted, axis, value_dim, 1)
+    seen = denominator > 0
+    scale = ops.stop_gradient(ops.where(seen, denominator, 1.0))
+    denominator = ops.where(seen, denominator / scale, 1.0)
+    return ops.where(seen, part(weighted, axis, 0, value_dim) / scale / denominator, 0.0)
 
 
 def run_indices(segment_ids: Any, first: Any = None) -> Any:

@@ -17,6 +17,7 @@ from keras_performer.ops._chunks import (
     normalize,
     overlapping,
     pad_before,
+    part,
     same_run,
     split_rows,
     tile_rows,
@@ -38,8 +39,9 @@ from keras_performer.ops._sums import (
 _SMALLEST_TILE = 128
 
 
-def why_not(*, exact_window: int | None, **_: Any) -> str | None:
+def why_not(*, exact_window: int | None, **options: Any) -> str | None:
     """Say in one sentence why this implementation cannot run, or return None."""
+    del options
     if exact_window:
         return None
     return "implementation='windowed' is for an exact near field: set exact_window."
@@ -109,10 +111,9 @@ def _causal(query, key, value, feature_map, operands, key_mask, runs, state, nea
             tile, feature_map, weights, near, num_groups, slice(reach, None), causal, reads, pairs
         )
         if not sees_all:
-            part = _part(tile, slice(0, size))
-            keys = None if keys is None else [x[:, :, :size] for x in keys]
-            carried = tile.get("state_run")
-            carry = _take_up(carry, part, feature_map, weights, near, keys, carried, -1)
+            keys = None if keys is None else [part(x, 2, 0, size) for x in keys]
+            leaving, carried = _part(tile, 0, size), tile.get("state_run")
+            carry = _take_up(carry, leaving, feature_map, weights, near, keys, carried, -1)
         return carry, (output,)
 
     carry, (output,) = scan(
@@ -126,7 +127,7 @@ def _causal(query, key, value, feature_map, operands, key_mask, runs, state, nea
         # The last slots were no tile's to take up, and may have left the window all the same.
         last = {name: x[-1] for name, x in arrays.items()}
         carried = None if runs is None else last["run"][:, size - 1]
-        rest = _part(last, slice(size, None))
+        rest = _part(last, size, reach)
         carry = _take_up(carry, rest, feature_map, operands, near, None, carried, -1)
     return join_rows(output, query, size), as_state(carry, feature_map)
 
@@ -150,12 +151,12 @@ def _bidirectional(query, key, value, feature_map, operands, key_mask, runs, sta
         like = [ops.shape(x) for x in initial]
 
         def take_up(side):
+            start, edge = (0, -1) if side == "before" else (2 * reach, 0)
+
             def step(carry, xs, weights):
                 tile = dict(zip(names, xs, strict=True))
-                slots = slice(0, size) if side == "before" else slice(-size, None)
-                edge = -1 if side == "before" else 0
-                part, carried = _part(tile, slots), tile.get(side)
-                after = _take_up(carry, part, feature_map, weights, near, None, carried, edge)
+                keys, carried = _part(tile, start, size), tile.get(side)
+                after = _take_up(carry, keys, feature_map, weights, near, None, carried, edge)
                 return after, carry
 
             return step
@@ -259,27 +260,27 @@ def _attend_tile(
     return normalize(total), keys
 
 
-def _take_up(carry, part, feature_map, operands, near, keys, carried_run, edge):
+def _take_up(carry, tile, feature_map, operands, near, keys, carried_run, edge):
     """Add to the sums the keys that no query behind them sees exactly.
 
     `keys` are their features if they are known. With segments the sums become those of the run at
     the slot `edge`, after those of `carried_run`.
     """
-    value = part["value"]
+    value = tile["value"]
     if keys is None:
-        mask = ops.expand_dims(part["mask"], -1)
-        keys = key_features(feature_map, part["key"], operands, mask)
+        mask = ops.expand_dims(tile["mask"], -1)
+        keys = key_features(feature_map, tile["key"], operands, mask)
     phi, log_scale = keys
-    left_out = near.is_sink(part["position"]) if near.num_sinks else None
-    if "stays" in part:
-        stays = part["stays"]
+    left_out = near.is_sink(tile["position"]) if near.num_sinks else None
+    if "stays" in tile:
+        stays = tile["stays"]
         left_out = stays if left_out is None else ops.logical_or(left_out, stays)
     if left_out is not None:
         left_out = ops.expand_dims(left_out, (1, 3))
         value = ops.where(left_out, 0.0, value)
         log_scale = ops.where(left_out, LOG_ZERO, log_scale)
     if carried_run is not None:
-        run = part["run"]
+        run = tile["run"]
         carry, value, log_scale = keep_run(carry, value, log_scale, run, carried_run, run[:, edge])
     return absorb(carry, value, phi, log_scale)
 
@@ -339,10 +340,10 @@ def _tiles(key, value, key_mask, runs, near, size, num_tiles, before, after):
     return arrays
 
 
-def _part(tile, slots):
+def _part(tile, start, length):
     """Some slots of a tile's keys."""
-    part = {name: tile[name][:, :, slots] for name in ("key", "value", "mask")}
+    found = {name: part(tile[name], 2, start, length) for name in ("key", "value", "mask")}
     for name in ("position", "stays", "run"):
         if name in tile:
-            part[name] = tile[name][:, slots]
-    return part
+            found[name] = part(tile[name], 1, start, length)
+    return found

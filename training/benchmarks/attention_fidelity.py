@@ -1,0 +1,558 @@
+"""How far attention through features is from exact softmax attention.
+
+Run `python -m training.benchmarks.attention_fidelity` (`KERAS_BACKEND` chooses the backend). It
+prints tables and writes `metrics.json` and `fidelity.png`. Queries and keys are drawn with head
+size 64, or are those of AntiBERTy, a trained softmax Transformer. Errors are means over seeds, each
+with a projection of its own and on synthetic data a draw of its own, with their standard errors:
+
+- `total_variation` between two rows of attention weights, half the sum of |a - p|, the mean over
+  rows. 0 is the same row; 1 is no key in common.
+- `output` is the root mean square of the error of the outputs, relative to that of softmax
+  attention's outputs. 1 is as far away as zeros are.
+- `kernel` is the root mean square of phi(q).phi(k) / exp(q.k / sqrt(H)) - 1 over all pairs, for
+  maps that are unbiased.
+
+The norm of a data set is the mean of |q'|^2 = |q|^2 / sqrt(H), the same for keys; unit Gaussian
+queries have sqrt(H), which is 8 here.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import io
+import json
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from keras_performer.feature_maps import FavorPlus, FavorPlusPlus, FeatureMap, Trigonometric
+from keras_performer.ops import favor_attention, softmax_weights
+from training.data.protein_sample import load_protein_sample
+from training.data.registry import cache_folder
+
+MAPS: dict[str, Callable[[int, int], FeatureMap]] = {
+    "FAVOR+, iid": lambda m, seed: FavorPlus(m, projection="iid", seed=seed),
+    "FAVOR+": lambda m, seed: FavorPlus(m, seed=seed),
+    "hyperbolic": lambda m, seed: FavorPlus(m, hyperbolic=True, seed=seed),
+    "regularised": lambda m, seed: FavorPlus(m, regularized=True, seed=seed),
+    "simplex": lambda m, seed: FavorPlus(m, projection="simplex", seed=seed),
+    "FAVOR++": lambda m, seed: FavorPlusPlus(m, seed=seed),
+    "balanced FAVOR++": lambda m, seed: FavorPlusPlus(m, balanced=True, seed=seed),
+    "trigonometric, iid": lambda m, seed: Trigonometric(m, projection="iid", seed=seed),
+    "trigonometric": lambda m, seed: Trigonometric(m, seed=seed),
+}
+"""By name, made from M and a seed; projections are orthogonal where the name does not say."""
+
+WINDOWS = {16: "--", 64: "-."}
+"""The exact windows, and how lines of the figure show them."""
+
+WINDOWED = ("FAVOR+", "FAVOR++", "balanced FAVOR++")
+BIASED = ("regularised",)
+MEAN = "plain mean"
+TITLES = {
+    "total_variation": "Total variation of attention weights",
+    "output": "Relative error of outputs",
+    "kernel": "Relative error of kernel entries",
+}
+# NumPy's generator of one seed would draw the same numbers for data and projection.
+OTHER_DATA = 10_000
+PROJECTIONS = 20_000
+CORRELATION = 0.95
+
+ANTIBERTY = "antiberty-0.1.3-py3-none-any.whl"
+ANTIBERTY_SHA256 = "30d910992b190013871bac49cdc032e01a19339f7d2b958ab99b0eb44638352a"
+ANTIBERTY_WEIGHTS = "antiberty/trained_models/AntiBERTy_md_smooth/pytorch_model.bin"
+ANTIBERTY_LENGTH = 512
+ANTIBERTY_HEADS = 8
+VOCABULARY = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"ACDEFGHIKLMNPQRSTVWY")
+# Variable domains: the examples of the documentation of AntiBERTy, and of Sapiens.
+ANTIBODIES = (
+    "EVQLVQSGPEVKKPGTSVKVSCKASGFTFMSSAVQWVRQARGQRLEWIGWIVIGSGNTNYAQKFQERVTITRDMSTSTAYMELSSLRSEDTAVYYC"
+    "AAPYCSSISCNDGFDIWGQGTMVTVS",
+    "DVVMTQTPFSLPVSLGDQASISCRSSQSLVHSNGNTYLHWYLQKPGQSPKLLIYKVSNRFSGVPDRFSGSGSGTDFTLKISRVEAEDLGVYFCSQS"
+    "THVPYTFGGGTKLEIK",
+)
+OTHER_ANTIBODIES = (
+    "QVQLVQSGVEVKKPGASVKVSCKASGYTFTNYYMYWVRQAPGQGLEWMGGINPSNGGTNFNEKFKNRVTLTTDSSTTTAYMELKSLQFDDTAVYYC"
+    "ARRDYRFDMGFDYWGQGTTVTVSS",
+    "QVKLQESGAELARPGASVKLSCKASGYTFTNYWMQWVKQRPGQGLDWIGAIYPGDGNTRYTHKFKGKATLTADKSSSTAYMQLSSLASEDSGVYYC"
+    "ARGEGNYAWFAYWGQGTTVTVSS",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is measured; the fields are those of the `plan` in metrics.json."""
+
+    num_features: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024)
+    norms: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 8.0)
+    table_features: int = 256
+    sequence_length: int = 512
+    head_dim: int = 64
+    num_seeds: int = 8
+    num_model_seeds: int = 4
+    num_proteins: int = 2
+
+
+QUICK = Plan(
+    num_features=(16, 64, 256),
+    norms=(1.0, 2.0, 4.0),
+    sequence_length=256,
+    num_seeds=3,
+    num_model_seeds=2,
+    num_proteins=1,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Queries and keys of a distribution: "isotropic", "anisotropic" or "local".
+
+    Isotropic entries are independent and alike. Anisotropic ones have sizes that run geometrically
+    from 0.1 to 1 over the dimensions of a query and back over those of a key. Local queries and
+    keys are one sequence, in which every dimension is a Gaussian process whose correlation falls by
+    `CORRELATION` a token, so near keys weigh most.
+    """
+
+    kind: str
+    norm: float
+
+    @property
+    def name(self) -> str:
+        """How tables and metrics.json call it."""
+        return f"{self.kind}, norm {self.norm:g}"
+
+    def draw(self, length: int, head_dim: int, seed: int) -> tuple[np.ndarray, ...]:
+        """Return query, key and value, each (1, length, 1, head_dim), float32.
+
+        Values are independent standard Gaussian numbers.
+        """
+        rng = np.random.default_rng(seed)
+        query, key, value = rng.standard_normal((3, length, head_dim))
+        if self.kind == "anisotropic":
+            sizes = np.geomspace(0.1, 1.0, head_dim)
+            sizes /= np.sqrt(np.mean(sizes**2))
+            query, key = query * sizes, key * sizes[::-1]
+        elif self.kind == "local":
+            for t in range(1, length):
+                query[t] = CORRELATION * query[t - 1] + (1 - CORRELATION**2) ** 0.5 * query[t]
+            key = query
+        scale = (self.norm / head_dim) ** 0.5 * head_dim**0.25
+        tensors = (scale * query, scale * key, value)
+        return tuple(x.astype("float32")[None, :, None] for x in tensors)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measure, print tables, write the files, and return what metrics.json holds."""
+    parser = argparse.ArgumentParser(description="Error of attention through features.")
+    parser.add_argument("--out", type=Path, default=Path("runs") / "attention_fidelity")
+    parser.add_argument("--quick", action="store_true", help="shorter, and with fewer seeds")
+    parser.add_argument(
+        "--model",
+        choices=("antiberty", "synthetic"),
+        default="antiberty",
+        help="whose queries and keys to measure beside synthetic ones; `synthetic` is none",
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.out.exists() and not arguments.out.is_dir():
+        parser.error(f"--out must name a folder. Received: {arguments.out}, which is a file")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    plan = QUICK if arguments.quick else Plan()
+
+    results: dict[str, Any] = {"backend": keras.config.backend(), "plan": dataclasses.asdict(plan)}
+    results["synthetic"] = measure_synthetic(plan)
+    console = Console()
+    for measure in TITLES:
+        console.print(synthetic_table(results["synthetic"], measure, plan.table_features))
+    if arguments.model == "antiberty":
+        try:
+            results["antiberty"] = measure_antiberty(plan)
+        except OSError as error:
+            console.print(f"[yellow]No trained model was measured.[/] {error}")
+        for name, layers in results.get("antiberty", {}).items():
+            console.print(model_table(name, layers, "output", plan.table_features))
+    (arguments.out / "metrics.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    draw_figure(results, plan).savefig(arguments.out / "fidelity.png", dpi=80)
+    console.print(f"Wrote metrics.json and fidelity.png to {arguments.out}.")
+    return results
+
+
+def swept(plan: Plan) -> tuple[Data, Data, Data]:
+    """The isotropic, anisotropic and local data on which every number of features is tried."""
+    middle = plan.norms[len(plan.norms) // 2]
+    return Data("isotropic", middle), Data("anisotropic", middle), Data("local", 2 * middle)
+
+
+def measure_synthetic(plan: Plan) -> dict[str, Any]:
+    """Return the errors by data, method, number of features (a string, as in JSON) and measure."""
+    methods: list[tuple[str, int | None]] = [(name, None) for name in MAPS]
+    methods += [(name, window) for name in WINDOWED for window in WINDOWS]
+    data_sets = [Data("isotropic", norm) for norm in plan.norms]
+    data_sets += [data for data in swept(plan) if data not in data_sets]
+    results = {}
+    for data in track(data_sets, "Synthetic data"):
+        counts = plan.num_features if data in swept(plan) else (plan.table_features,)
+        results[data.name] = measure_data(data, methods, counts, plan)
+    return results
+
+
+def measure_data(
+    data: Data, methods: Sequence[tuple[str, int | None]], counts: Sequence[int], plan: Plan
+) -> dict[str, Any]:
+    """Return the errors on one kind of data by method, number of features and measure.
+
+    `methods` are pairs of a name in `MAPS` and an exact window or None.
+    """
+    results: dict[str, Any] = {}
+    for count in counts:
+        samples = []
+        for seed in range(plan.num_seeds):
+            sequence, other = (
+                data.draw(plan.sequence_length, plan.head_dim, first + seed)
+                for first in (0, OTHER_DATA)
+            )
+            samples.append(measure_sequences([sequence], other, methods, WINDOWS, count, seed))
+        for name, errors in summary(samples).items():
+            results.setdefault(name, {})[str(count)] = errors
+    return results
+
+
+def measure_sequences(
+    sequences: Sequence[tuple[np.ndarray, ...]],
+    other: Sequence[np.ndarray],
+    methods: Sequence[tuple[str, int | None]],
+    windows: Iterable[int],
+    count: int,
+    seed: int,
+) -> dict[str, dict[str, float]]:
+    """Return the errors with one projection by method and measure, means over sequences.
+
+    A sequence is a query, a key and a value, each (1, T, N, H); `other` are those that the
+    statistics of FAVOR++ come from.
+    """
+    errors: dict[str, list[dict[str, float]]] = {}
+    for query, key, value in sequences:
+        exact = to_numpy(softmax_weights(query, key))[0].astype("float64")
+        for name, window in methods:
+            feature_map = fitted(name, count, seed, other)
+            found = compare(attention_rows(query, key, feature_map, window), exact, value)
+            if window is None and name not in BIASED:
+                found["kernel"] = kernel_error(query, key, feature_map)
+            errors.setdefault(method_name(name, window), []).append(found)
+        for name, weights in floors(exact, windows).items():
+            errors.setdefault(name, []).append(compare(weights, exact, value))
+    return {
+        name: {m: float(np.mean([e[m] for e in found])) for m in found[0]}
+        for name, found in errors.items()
+    }
+
+
+def fitted(name: str, count: int, seed: int, other: Sequence[np.ndarray]) -> FeatureMap:
+    """Make a map, and let it see other queries and keys than those it will serve, in one update."""
+    feature_map = MAPS[name](count, seed + PROJECTIONS)
+    query, key = (keras.ops.convert_to_tensor(x) for x in other[:2])
+    feature_map.build(key.shape)
+    feature_map.update_statistics(query, key)
+    return feature_map
+
+
+def attention_rows(
+    query: np.ndarray, key: np.ndarray, feature_map: FeatureMap, window: int | None
+) -> np.ndarray:
+    """Return the weights (N, T, S) of attention through features: its outputs for unit vectors."""
+    num_keys, num_heads = key.shape[1:3]
+    unit = np.eye(num_keys, dtype="float32")[None, :, None].repeat(num_heads, axis=2)
+    output = favor_attention(query, key, unit, feature_map, exact_window=window)
+    return to_numpy(output)[0].transpose(1, 0, 2)
+
+
+def floors(exact: np.ndarray, windows: Iterable[int]) -> dict[str, np.ndarray]:
+    """Return the weights of what needs no features: the plain mean, and softmax among near keys.
+
+    Near are the keys that `exact_window` weighs exactly: those of the query's block of W tokens and
+    of the blocks on either side.
+    """
+    rows = {MEAN: np.full_like(exact, 1 / exact.shape[-1])}
+    for window in windows:
+        block = np.arange(exact.shape[-1]) // window
+        near = np.where(np.abs(block[:, None] - block) <= 1, exact, 0.0)
+        rows[window_only(window)] = near / near.sum(axis=-1, keepdims=True)
+    return rows
+
+
+def compare(weights: np.ndarray, exact: np.ndarray, value: np.ndarray) -> dict[str, float]:
+    """Compare weights (N, T, S) with exact ones, also by their outputs on value (1, S, N, V)."""
+    difference = weights - exact
+    values = value[0].transpose(1, 0, 2)
+    output_error = np.linalg.norm(difference @ values) / np.linalg.norm(exact @ values)
+    return {
+        "total_variation": float(0.5 * np.abs(difference).sum(axis=-1).mean()),
+        "output": float(output_error),
+    }
+
+
+def kernel_error(query: np.ndarray, key: np.ndarray, feature_map: FeatureMap) -> float:
+    """Compare phi(q).phi(k) with exp(q.k / sqrt(H)), relative to it."""
+    q, k = (x.transpose(0, 2, 1, 3) for x in (query, key))
+    phi_q, phi_k = (
+        to_numpy(feature_map(keras.ops.convert_to_tensor(x), is_query=is_query)).astype("float64")
+        for x, is_query in ((q, True), (k, False))
+    )
+    log_kernel = q.astype("float64") @ k.swapaxes(-1, -2) * q.shape[-1] ** -0.5
+    ratio = phi_q @ phi_k.swapaxes(-1, -2) / np.exp(log_kernel)
+    return float(np.sqrt(np.mean((ratio - 1) ** 2)))
+
+
+def summary(samples: Sequence[dict[str, dict[str, float]]]) -> dict[str, Any]:
+    """Return the mean over seeds, with its standard error, by method and measure."""
+    results: dict[str, Any] = {}
+    for name, measures in samples[0].items():
+        results[name] = {}
+        for measure in measures:
+            values = [sample[name][measure] for sample in samples]
+            results[name][measure] = {
+                "mean": float(np.mean(values)),
+                "standard_error": float(np.std(values, ddof=1) / len(values) ** 0.5),
+            }
+    return results
+
+
+def measure_antiberty(plan: Plan) -> dict[str, Any]:
+    """Return, for proteins and for antibodies, the norms and the errors by method of each layer.
+
+    Queries, keys and values of a layer are those of the exact model, so errors do not add up over
+    layers. Proteins are foreign to this model, which learned antibodies, but long enough that most
+    keys are far.
+
+    Raises:
+        OSError: The weights cannot be had.
+    """
+    weights = load_antiberty()
+    train, heldout = (
+        [p.sequence for p in proteins if len(p.sequence) >= ANTIBERTY_LENGTH][: plan.num_proteins]
+        for proteins in load_protein_sample()
+    )
+    results = {}
+    for name, sequences, others, window in (
+        ("proteins", heldout, train, max(WINDOWS)),
+        ("antibodies", ANTIBODIES, OTHER_ANTIBODIES, min(WINDOWS)),
+    ):
+        runs = [antiberty_layers(weights, sequence) for sequence in sequences]
+        other_runs = [antiberty_layers(weights, sequence) for sequence in others]
+        layers = list(zip(zip(*runs, strict=True), zip(*other_runs, strict=True), strict=True))
+        results[name] = [
+            _measure_layer(*layer, window, plan) for layer in track(layers, f"AntiBERTy on {name}")
+        ]
+    return results
+
+
+def _measure_layer(
+    sequences: Sequence[tuple[np.ndarray, ...]],
+    others: Sequence[tuple[np.ndarray, ...]],
+    window: int,
+    plan: Plan,
+) -> dict[str, Any]:
+    other = [np.concatenate(tensors, axis=1) for tensors in zip(*others, strict=True)]
+    methods = [(name, near) for name in WINDOWED for near in (None, window)]
+    samples = [
+        measure_sequences(sequences, other, methods, (window,), plan.table_features, seed)
+        for seed in range(plan.num_model_seeds)
+    ]
+    query, key = (np.concatenate(part, axis=1) for part in list(zip(*sequences, strict=True))[:2])
+    query_norm, key_norm = (
+        float(np.mean(np.sum(x**2, axis=-1)) * x.shape[-1] ** -0.5) for x in (query, key)
+    )
+    return {"query_norm": query_norm, "key_norm": key_norm, "errors": summary(samples)}
+
+
+def load_antiberty() -> dict[str, Any]:
+    """Read the weights of AntiBERTy (Ruffolo et al. 2021, arXiv 2112.07782) from its wheel.
+
+    Returns:
+        PyTorch tensors by name, without the "bert." that names start with.
+
+    Raises:
+        OSError: The wheel or PyTorch is missing, or the wheel is another one. The message says
+            what to do.
+    """
+    path = cache_folder() / ANTIBERTY
+    get = f"pip download --no-deps --dest {path.parent} antiberty==0.1.3"
+    if not path.is_file():
+        raise OSError(f"The weights of AntiBERTy are missing: run `{get}`.")
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != ANTIBERTY_SHA256:
+        raise OSError(f"{path} is not the wheel that was expected: delete it and run `{get}`.")
+    try:
+        import torch
+    except ImportError as error:
+        raise OSError("Reading the weights of AntiBERTy needs PyTorch: install torch.") from error
+    with zipfile.ZipFile(io.BytesIO(content)) as wheel:
+        file = io.BytesIO(wheel.read(ANTIBERTY_WEIGHTS))
+    tensors = torch.load(file, map_location="cpu", weights_only=True)
+    return {name.removeprefix("bert."): tensor for name, tensor in tensors.items()}
+
+
+def antiberty_layers(weights: dict[str, Any], sequence: str) -> list[tuple[np.ndarray, ...]]:
+    """Run AntiBERTy, a post-norm BERT, on a sequence of residues, cut to 510.
+
+    Returns:
+        Query, key and value of each layer, (1, T, 8, 64), float32.
+    """
+    import torch
+    from torch.nn import functional
+
+    def linear(x: Any, name: str) -> Any:
+        return functional.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+    def norm(x: Any, name: str) -> Any:
+        scale, shift = weights[f"{name}.weight"], weights[f"{name}.bias"]
+        return functional.layer_norm(x, scale.shape, scale, shift, eps=1e-12)
+
+    unknown = VOCABULARY.index("[UNK]")
+    residues = {token: index for index, token in enumerate(VOCABULARY)}
+    inner = [residues.get(residue, unknown) for residue in sequence[: ANTIBERTY_LENGTH - 2]]
+    ids = torch.tensor([[residues["[CLS]"], *inner, residues["[SEP]"]]])
+    layers = []
+    with torch.no_grad():
+        x = weights["embeddings.word_embeddings.weight"][ids]
+        x = x + weights["embeddings.position_embeddings.weight"][: ids.shape[1]]
+        x = norm(x + weights["embeddings.token_type_embeddings.weight"][0], "embeddings.LayerNorm")
+        layer = "encoder.layer.0"
+        while f"{layer}.output.dense.weight" in weights:
+            q, k, v = (
+                linear(x, f"{layer}.attention.self.{part}").unflatten(-1, (ANTIBERTY_HEADS, -1))
+                for part in ("query", "key", "value")
+            )
+            layers.append((q.numpy(), k.numpy(), v.numpy()))
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            attended = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            attended = linear(attended, f"{layer}.attention.output.dense")
+            x = norm(x + attended, f"{layer}.attention.output.LayerNorm")
+            hidden = functional.gelu(linear(x, f"{layer}.intermediate.dense"))
+            x = norm(x + linear(hidden, f"{layer}.output.dense"), f"{layer}.output.LayerNorm")
+            layer = f"encoder.layer.{len(layers)}"
+    return layers
+
+
+def synthetic_table(results: dict[str, Any], measure: str, count: int) -> Table:
+    """Return the errors at `count` features, a row for each method and a column for each data."""
+    table = Table(title=f"{TITLES[measure]}, {count} features (mean ± standard error)")
+    table.add_column("method")
+    for data in results:
+        table.add_column(data, justify="right")
+    for name in next(iter(results.values())):
+        cells = [data[name][str(count)].get(measure) for data in results.values()]
+        if any(cells):
+            table.add_row(name, *map(_cell, cells))
+    return table
+
+
+def model_table(name: str, layers: Sequence[dict[str, Any]], measure: str, count: int) -> Table:
+    """Return the errors of the trained model, a row for each method and a column for each layer."""
+    table = Table(title=f"AntiBERTy on {name}: {TITLES[measure].lower()}, {count} features")
+    table.add_column("layer")
+    for index in range(len(layers)):
+        table.add_column(str(index), justify="right")
+    for norm, label in (("query_norm", "mean |q'|²"), ("key_norm", "mean |k'|²")):
+        table.add_row(label, *(f"{layer[norm]:.1f}" for layer in layers))
+    for method in layers[0]["errors"]:
+        table.add_row(method, *(_cell(layer["errors"][method][measure]) for layer in layers))
+    return table
+
+
+def _cell(error: dict[str, float] | None) -> str:
+    if error is None:
+        return ""
+    mean, standard_error = error["mean"], error["standard_error"]
+    return f"{mean:.3g} ± {standard_error:.1g}" if standard_error else f"{mean:.3g}"
+
+
+def draw_figure(results: dict[str, Any], plan: Plan) -> Figure:
+    """Draw total variation over features and norm, and the output errors of the trained model."""
+    synthetic = results["synthetic"]
+    isotropic, anisotropic, local = (data.name for data in swept(plan))
+    figure = Figure(figsize=(16, 10), layout="constrained")
+    panels = figure.subplots(2, 3).ravel()
+    paper = ("trigonometric, iid", "trigonometric", "FAVOR+, iid", "FAVOR+")
+    maps = ("FAVOR+", "hyperbolic", "regularised", "simplex", "FAVOR++", "balanced FAVOR++")
+    windows = ["FAVOR+", *(method_name("FAVOR+", w) for w in WINDOWS), *map(window_only, WINDOWS)]
+    for panel, title, data, names in (
+        (panels[0], "The paper's comparison", isotropic, paper),
+        (panels[1], "Feature maps", anisotropic, maps),
+        (panels[2], "Exact windows", local, windows),
+    ):
+        panel.set_title(f"{title} ({data})")
+        for name in (*names, MEAN):
+            errors = [synthetic[data][name][str(count)] for count in plan.num_features]
+            _draw(panel, plan.num_features, errors, "total_variation", name)
+        _label(panel, "features M", plan.num_features)
+
+    panel = panels[3]
+    panel.set_title(f"By norm (isotropic, M = {plan.table_features})")
+    names = ("trigonometric", "FAVOR+, iid", "FAVOR+", "regularised", "FAVOR++")
+    for name in (*names, method_name("FAVOR+", max(WINDOWS)), MEAN):
+        errors = [
+            synthetic[Data("isotropic", norm).name][name][str(plan.table_features)]
+            for norm in plan.norms
+        ]
+        _draw(panel, plan.norms, errors, "total_variation", name)
+    _label(panel, "mean |q'|²", plan.norms)
+
+    trained = results.get("antiberty", {})
+    for panel, (data, layers) in zip(panels[4:], trained.items(), strict=False):
+        panel.set_title(f"AntiBERTy on {data} (M = {plan.table_features})")
+        for name in layers[0]["errors"]:
+            errors = [layer["errors"][name] for layer in layers]
+            _draw(panel, range(len(layers)), errors, "output", name)
+        panel.set(xlabel="layer", ylabel="relative error of outputs", yscale="log")
+    for panel in panels[: 4 + len(trained)]:
+        panel.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)
+        panel.grid(alpha=0.3)
+    for panel in panels[4 + len(trained) :]:
+        panel.set_axis_off()
+    return figure
+
+
+def _draw(panel: Any, x: Sequence[float], errors: Sequence[Any], measure: str, name: str) -> None:
+    means, bars = ([e[measure][part] for e in errors] for part in ("mean", "standard_error"))
+    base = name.split(", window ")[0]
+    style = {
+        "color": f"C{list(MAPS).index(base)}" if base in MAPS else "black",
+        "linestyle": next((style for w, style in WINDOWS.items() if f"window {w}" in name), "-"),
+    }
+    if name == MEAN:
+        style["linestyle"] = ":"
+    panel.errorbar(x, means, yerr=bars, label=name, marker=".", capsize=2, **style)
+
+
+def _label(panel: Any, x_label: str, ticks: Sequence[float]) -> None:
+    panel.set(xlabel=x_label, ylabel="total variation", xscale="log", yscale="log")
+    panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    panel.xaxis.minorticks_off()
+
+
+def method_name(name: str, window: int | None) -> str:
+    """How a map with an exact window is called in results; without one, by its own name."""
+    return name if window is None else f"{name}, window {window}"
+
+
+def window_only(window: int) -> str:
+    """How softmax attention among the keys of an exact window is called in results."""
+    return f"window {window} only"
+
+
+def to_numpy(x: Any) -> np.ndarray:
+    """Convert a tensor of the backend."""
+    return keras.ops.convert_to_numpy(x)
+
+
+if __name__ == "__main__":
+    main()
