@@ -9,6 +9,7 @@ import numpy as np
 from tolerances import to_numpy
 
 from keras_performer.ops import favor_attention
+from keras_performer.ops.favor_attention import IMPLEMENTATIONS
 
 
 def gradients(fn: Callable[..., Any], *arrays: Any) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -91,3 +92,11 @@ def attend(query: Any, key: Any, value: Any, feature_map: Any, **options: Any) -
     if not feature_map.built:
         feature_map.build(key.shape)
     return call(favor_attention, query, key, value, feature_map=feature_map, **options)
+
+
+def implementations(
+    exact_window: int | None = None, segmented: bool = False, stateful: bool = False
+) -> list[str]:
+    """The implementations of `favor_attention` that can run calls of this kind."""
+    kind = {"exact_window": exact_window, "segmented": segmented, "stateful": stateful}
+    return [name for name, module in IMPLEMENTATIONS.items() if module.why_not(**kind) is None]

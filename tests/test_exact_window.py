@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import oracles
 import pytest
-from gradients import attend, gradients
+from gradients import attend, gradients, implementations
 from keras import ops
 from tolerances import assert_close, assert_gradients_close, relative_rms, to_numpy
 
@@ -16,24 +16,17 @@ from keras_performer.ops import (
     favor_attention_weights,
     softmax_attention,
 )
-from keras_performer.ops.favor_attention import IMPLEMENTATIONS
 
 BATCH, HEADS, KEY_HEADS, HEAD_DIM, VALUE_DIM, FEATURES = 2, 6, 3, 8, 5, 24
 
 
-def implementations(segmented=False, stateful=False):
-    """The names of those that can run calls of this kind."""
-    kind = {"exact_window": 4, "segmented": segmented, "stateful": stateful}
-    return [name for name, module in IMPLEMENTATIONS.items() if module.why_not(**kind) is None]
-
-
-NEAR = implementations()
-STATEFUL = implementations(segmented=True, stateful=True)
+NEAR = implementations(4)
+STATEFUL = implementations(4, segmented=True, stateful=True)
 # With every kind of segments that it takes.
 FAST = [
     (name, segmented)
     for segmented in (False, True)
-    for name in implementations(segmented)
+    for name in implementations(4, segmented)
     if name != "reference"
 ]
 # (length, window): one tile, several, a window as long as the sequence, an odd one.
@@ -105,7 +98,7 @@ def assert_states_close(actual, expected):
 
 @pytest.mark.parametrize(
     ("implementation", "segmented"),
-    [(name, segmented) for segmented in (False, True) for name in implementations(segmented)],
+    [(name, segmented) for segmented in (False, True) for name in implementations(4, segmented)],
 )
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("masked", [False, True])

@@ -5,22 +5,17 @@ import itertools
 import numpy as np
 import oracles
 import pytest
-from gradients import attend, gradients
+from gradients import attend, gradients, implementations
 from keras import ops
 from tolerances import assert_close, assert_gradients_close, relative_rms, to_numpy
 
 from keras_performer.feature_maps import ELU, FavorPlus, GeneralizedKernel, ReLU
 from keras_performer.ops import favor_attention, favor_attention_weights
 from keras_performer.ops._chunked import CHUNK
-from keras_performer.ops.favor_attention import IMPLEMENTATIONS
 
 BATCH, HEADS, KEY_HEADS, HEAD_DIM, VALUE_DIM, FEATURES = 2, 6, 3, 8, 5, 24
 # Those without an exact near field, which has tests of its own.
-PLAIN = sorted(
-    name
-    for name, module in IMPLEMENTATIONS.items()
-    if module.why_not(exact_window=None, segmented=False, stateful=False) is None
-)
+PLAIN = sorted(implementations())
 FAST = sorted(set(PLAIN) - {"reference"})
 LENGTHS = (1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 41)
 

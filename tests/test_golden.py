@@ -5,12 +5,11 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from gradients import compiled
+from gradients import compiled, implementations
 from tolerances import AGREEMENT, assert_close, assert_exact, relative_rms, to_numpy
 
 from keras_performer.feature_maps import FavorPlus, GeneralizedKernel, ReLU
 from keras_performer.ops import favor_attention
-from keras_performer.ops.favor_attention import IMPLEMENTATIONS
 
 FOLDER = Path(__file__).parent / "golden"
 PROJECTS = ("google_jax", "google_tf", "performer_pytorch")
@@ -62,7 +61,7 @@ def test_inputs_are_shared(case):
             assert_exact(other[name], first[name])
 
 
-@pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
+@pytest.mark.parametrize("implementation", implementations())
 @pytest.mark.parametrize("mode", ["bidirectional", "causal"])
 @pytest.mark.parametrize("case", CASES)
 def test_softmax_kernel_without_epsilon(case, mode, implementation):
@@ -92,7 +91,7 @@ RELU_MAPS = {
 }
 
 
-@pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
+@pytest.mark.parametrize("implementation", implementations())
 @pytest.mark.parametrize("mode", ["bidirectional", "causal"])
 @pytest.mark.parametrize(("project", "variant"), RELU_MAPS)
 def test_relu_kernel(project, variant, mode, implementation):
@@ -113,7 +112,7 @@ def legacy_map(golden, epsilon):
     return with_projection(FavorPlus(NUM_FEATURES, legacy_epsilon=epsilon), golden)
 
 
-@pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
+@pytest.mark.parametrize("implementation", implementations())
 @pytest.mark.parametrize("mode", ["bidirectional", "causal"])
 @pytest.mark.parametrize("epsilon", LEGACY_EPSILON, ids=str)
 @pytest.mark.parametrize("case", CASES)

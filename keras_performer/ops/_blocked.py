@@ -28,7 +28,6 @@ from keras_performer.ops._chunks import (
 from keras_performer.ops._near_field import NearField
 from keras_performer.ops._scan import scan
 from keras_performer.ops._sums import (
-    LIFT,
     absorb,
     features,
     initial_carry,
@@ -137,8 +136,7 @@ def attend(
         scale = log_q + ops.expand_dims(scale, (-1, -2))
         row_max = ops.stop_gradient(ops.maximum(row_max, scale))
         total = _weigh(logits, near_values, row_max)
-        # Products of features are lifted twice.
-        total = total + ops.exp(scale - row_max) * LIFT**-2 * ops.matmul(phi_q, read)
+        total = total + ops.exp(scale - row_max) * ops.matmul(phi_q, read)
         if causal:
             carry = (
                 ops.squeeze(part(sums, 2, size, 1), 2),

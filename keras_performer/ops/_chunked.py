@@ -108,7 +108,7 @@ def _bidirectional(query, key, value, feature_map, operands, key_mask, state):
         (carry[0], *operands),
         output_shapes=[(*ops.shape(queries)[1:-1], value.shape[-1])],
     )
-    return join_rows(output, query, length), as_state(carry, feature_map)
+    return join_rows(output, query, length), as_state(carry)
 
 
 def _causal(query, key, value, feature_map, operands, key_mask, runs, state):
@@ -143,7 +143,7 @@ def _causal(query, key, value, feature_map, operands, key_mask, runs, state):
         operands,
         output_shapes=[(*ops.shape(queries)[1:-1], value.shape[-1])],
     )
-    return join_rows(output, query, length), as_state(carry, feature_map)
+    return join_rows(output, query, length), as_state(carry)
 
 
 def _packed(query, key, value, feature_map, operands, key_mask, runs):

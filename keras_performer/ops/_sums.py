@@ -6,39 +6,31 @@ largest log scale that query i may see, among the keys of its chunk and the stat
 nothing overflows, no row depends on a key it must not see, and no epsilon is needed. The query's
 own log scale cancels, unless exact scores stand beside the features.
 
-**Range.** Features span `_RANGE` nats below their maximum and are multiplied by `LIFT`. A product
-of two of them, the quotient by the smallest denominator and its gradient all stay within float32,
-so every row with a visible key has a positive denominator and finite gradients, at any norm. A
-feature that is smaller still is held at that floor.
+**Range.** Features span `_RANGE` nats below their maximum; one that is smaller still is held at
+that floor. The largest feature of a query is 1, so every row with a visible key has a denominator
+of at least exp(-70), and a quotient by it and its gradient stay within float32, at any norm.
 """
 
 from keras import ops
 
 from keras_performer.ops._chunks import LOG_ZERO, dtype_of
 
-# A product of two features over the smallest denominator is then exp(70) at most, and a sum of 1e7
-# of them a float32.
+# A feature over the smallest denominator is exp(70) then, and a sum of 1e7 of these a float32.
 _RANGE = 70.0
-LIFT = 2.0**35
-"""What features are multiplied by: a power of two, so that lifting rounds nothing."""
 
 
 # What happens inside one chunk.
 
 
 def features(feature_map, x, operands, *, is_query):
-    """Features of tokens (..., L, H) and their log scale (..., L, 1), or None for plain ones.
-
-    Features with a scale are `LIFT` times as large as that scale says. Taking the logarithm of the
-    factor off the scale would round it, and the factor cancels in every quotient.
-    """
+    """Features of tokens (..., L, H) and their log scale (..., L, 1), or None for plain ones."""
     values, offset = feature_map.features(x, operands, is_query=is_query)
     if offset is None:
         return values, None
     top = ops.stop_gradient(ops.max(values, axis=-1, keepdims=True))
     # `clip` keeps float64, which `maximum` does not on PyTorch. No value is above zero; a bound
     # there would halve the gradient of the largest feature on JAX.
-    phi = ops.exp(ops.clip(values - top, -_RANGE, 1.0)) * LIFT
+    phi = ops.exp(ops.clip(values - top, -_RANGE, 1.0))
     return phi, top + offset
 
 
@@ -114,7 +106,7 @@ def initial_carry(state, key, value, feature_map, key_sum=0.0):
     """The sums with their column of key sums (B, K, M, V+1), and their log scale (B, K, 1, 1)."""
     if state is not None:
         scale = ops.max(state["log_max"], axis=-1, keepdims=True)
-        factor = ops.exp(state["log_max"] - scale) * _lift(feature_map)
+        factor = ops.exp(state["log_max"] - scale)
         sums = ops.concatenate(
             [
                 state["kv"] * ops.expand_dims(factor, -1),
@@ -132,17 +124,11 @@ def initial_carry(state, key, value, feature_map, key_sum=0.0):
     return ops.concatenate([zeros, key_sums], axis=-1), scale
 
 
-def as_state(carry, feature_map):
+def as_state(carry):
     """The public state that a carry stands for; the reverse of `initial_carry`."""
     sums, scale = carry
-    # Inside, features are lifted; the factor is a power of two, so nothing is rounded.
-    sums = sums / _lift(feature_map)
     return {
         "kv": sums[..., :-1],
         "k_sum": sums[..., -1],
         "log_max": ops.broadcast_to(ops.squeeze(scale, -1), ops.shape(sums)[:-1]),
     }
-
-
-def _lift(feature_map):
-    return LIFT if feature_map.log_space else 1.0

@@ -3,8 +3,7 @@
 The layout is that of `_chunked`. Queries are cut into tiles of at least 2 W tokens, so the near
 keys of a tile are its own and those within 2 W slots of it, wherever the grid of blocks lies. Each
 pair of them is weighed exactly if it is near and through its features if not, and a state stands
-for all keys beyond. Exact scores and features share one row maximum, and exact scores are
-multiplied by `LIFT` twice, as products of features are.
+for all keys beyond. Exact scores and features share one row maximum.
 """
 
 from typing import Any
@@ -26,7 +25,6 @@ from keras_performer.ops._chunks import (
 from keras_performer.ops._near_field import NearField, sinks_before
 from keras_performer.ops._scan import scan
 from keras_performer.ops._sums import (
-    LIFT,
     absorb,
     as_state,
     features,
@@ -129,7 +127,7 @@ def _causal(query, key, value, feature_map, operands, key_mask, runs, state, nea
         carried = None if runs is None else last["run"][:, size - 1]
         rest = _part(last, size, reach)
         carry = _take_up(carry, rest, feature_map, operands, near, None, carried, -1)
-    return join_rows(output, query, size), as_state(carry, feature_map)
+    return join_rows(output, query, size), as_state(carry)
 
 
 def _bidirectional(query, key, value, feature_map, operands, key_mask, runs, state, near):
@@ -251,7 +249,7 @@ def _attend_tile(
         scales.append(scale if gate is None else ops.where(gate, scale, LOG_ZERO))
         row_max = ops.maximum(row_max, scales[-1])
     row_max = ops.stop_gradient(row_max)
-    total = ops.matmul(ops.exp(logits - row_max) * LIFT**2, near_value)
+    total = ops.matmul(ops.exp(logits - row_max), near_value)
     if far is not None:
         scores = ops.matmul(phi_q, ops.swapaxes(keys[0], -1, -2))
         total = total + ops.matmul(scores * ops.exp(far - row_max), value)
