@@ -87,6 +87,11 @@ def _with_settings(fn: Callable[..., Any], settings: tuple[tuple[str, Any], ...]
     return compiled(lambda arrays, tensors: fn(*arrays, **dict(settings), **tensors))
 
 
+def forget_compiled() -> None:
+    """Let go of the functions that `call` compiled."""
+    _with_settings.cache_clear()
+
+
 def attend(query: Any, key: Any, value: Any, feature_map: Any, **options: Any) -> Any:
     """`favor_attention` through `call`."""
     if not feature_map.built:
