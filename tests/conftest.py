@@ -17,3 +17,10 @@ def compiled_functions_end_with_their_module():
         forget_compiled()
         jax.clear_caches()
         gc.collect()
+
+
+def pytest_collection_modifyitems(items):
+    """Mark `slow_on_jax` as slow where JAX runs: it compiles every new shape."""
+    for item in items:
+        if keras.config.backend() == "jax" and item.get_closest_marker("slow_on_jax"):
+            item.add_marker(pytest.mark.slow)

@@ -20,6 +20,7 @@ def test_the_state_of_the_performer_has_one_size_and_that_of_softmax_grows():
     assert all(part[n]["seconds"] > 0 for part in results.values() for n in (30, 120))
 
 
+@pytest.mark.slow_on_jax
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_attention_is_timed_at_every_length_and_drawn(bidirectional, tmp_path):
     arguments = ["--lengths", "40", "70", "--rounds", "1", "--out", str(tmp_path)]

@@ -331,6 +331,7 @@ def test_half_precision_tensors_are_measured():
 # === Recording ===
 
 
+@pytest.mark.slow_on_jax
 def test_recorded_queries_and_keys_are_what_attention_compares():
     """Rotated and normalised: they give the very weights that the layer returns."""
     layer = PerformerAttention(
@@ -349,6 +350,7 @@ def test_recorded_queries_and_keys_are_what_attention_compares():
     assert np.abs(to_numpy(weights)[:, :, -1]).max() > 0
 
 
+@pytest.mark.slow_on_jax
 def test_nothing_is_recorded_outside_of_the_context():
     layer = PerformerAttention(2, 4, num_features=FEATURES)
     x = normal(1, 3, 6)
@@ -605,6 +607,7 @@ def test_redraw_refuses_what_cannot_be(arguments):
 # === AttentionHealth ===
 
 
+@pytest.mark.slow_on_jax
 def test_the_history_holds_the_figures_of_each_layer_and_head():
     model = make_model(num_features=64)
     x = make_data(3)[0]
@@ -635,6 +638,7 @@ def test_the_history_holds_the_figures_of_each_layer_and_head():
     )
 
 
+@pytest.mark.slow_on_jax
 def test_masks_windows_and_segments_of_the_layer_count():
     layer = PerformerAttention(
         4, 6, num_features=FEATURES, qk_norm=True, exact_window=2, num_sink_tokens=1
@@ -658,6 +662,7 @@ def test_masks_windows_and_segments_of_the_layer_count():
             np.testing.assert_allclose(entry[name], expected[name][head], rtol=1e-3)
 
 
+@pytest.mark.slow_on_jax
 def test_the_callback_looks_at_as_many_tokens_as_it_is_told_to():
     model = make_model(num_blocks=1, num_features=64)
     x = make_data(2)[0]
@@ -729,6 +734,7 @@ def test_healthy_heads_bring_no_warning():
     assert max(entry["relative_variance"] for entry in callback.history) < 1
 
 
+@pytest.mark.slow_on_jax
 def test_other_maps_and_exact_layers():
     model = mixed_model(["relu", None, FavorPlus(64)])
     callback = AttentionHealth(0.1 * make_data(2)[0])
@@ -757,6 +763,7 @@ def test_health_refuses_what_cannot_be(arguments):
         AttentionHealth(make_data(2)[0], **arguments)
 
 
+@pytest.mark.slow_on_jax
 def test_every_attention_of_a_model_is_measured():
     """Reversible streams, remat, cross-attention and masks, without gradients or tracing."""
     sizes = {"vocabulary_size": 30, "num_heads": 3, "hidden_dim": 12, "intermediate_dim": 17}

@@ -278,16 +278,21 @@ def test_untied_weights_and_every_option_come_back(tmp_path):
     assert len(names) == 2 and "reverse" in names[1]
 
 
-@pytest.mark.parametrize("options", [{}, {"dropout": 0.2}])
-def test_recomputed_blocks_have_the_same_gradients(options):
-    """One step of plain SGD moves every weight the same way with and without `remat`."""
+@pytest.mark.parametrize(
+    ("options", "length"), [({}, 9), ({"dropout": 0.2}, 9), ({}, 300), ({"exact_window": 16}, 700)]
+)
+def test_recomputed_blocks_have_the_same_gradients(options, length):
+    """One step of plain SGD moves every weight the same way with and without `remat`.
+
+    The long ones have several chunks, whose own recomputation runs within that of the block.
+    """
     changes = []
     for remat in (False, True):
         model = make_model(remat=remat, **options)
         model.compile(keras.optimizers.SGD(1.0), sampler="greedy")
         before = model.get_weights()
         model.preprocessor = None
-        model.train_on_batch(as_inputs(make_tokens(9)), make_tokens(9, seed=4))
+        model.train_on_batch(as_inputs(make_tokens(length)), make_tokens(length, seed=4))
         changes.append([b - a for a, b in zip(before, model.get_weights(), strict=True)])
     for kept, recomputed in zip(*changes, strict=True):
         np.testing.assert_allclose(recomputed, kept, rtol=1e-4, atol=1e-5)

@@ -30,7 +30,14 @@ FAST = [
     if name != "reference"
 ]
 # (length, window): one tile, several, a window as long as the sequence, an odd one.
-SIZES = [(1, 4), (13, 4), (20, 32), (300, 16), (300, 75), (257, 64)]
+SIZES = [
+    (1, 4),
+    pytest.param(13, 4, marks=pytest.mark.slow_on_jax),
+    pytest.param(20, 32, marks=pytest.mark.slow_on_jax),
+    (300, 16),
+    pytest.param(300, 75, marks=pytest.mark.slow_on_jax),
+    pytest.param(257, 64, marks=pytest.mark.slow_on_jax),
+]
 
 
 def feature_map():
@@ -369,7 +376,16 @@ def test_other_float_types(dtype, causal):
 
 @pytest.mark.parametrize("implementation", STATEFUL)
 @pytest.mark.parametrize("segmented", [False, True])
-@pytest.mark.parametrize("splits", [(1,), (64,), (129,), (5, 6, 100, 137), tuple(range(1, 40))])
+@pytest.mark.parametrize(
+    "splits",
+    [
+        pytest.param((1,), marks=pytest.mark.slow_on_jax),
+        pytest.param((64,), marks=pytest.mark.slow_on_jax),
+        (129,),
+        pytest.param((5, 6, 100, 137), marks=pytest.mark.slow_on_jax),
+        tuple(range(1, 40)),
+    ],
+)
 def test_split_and_resume_equals_one_call(implementation, segmented, splits):
     length, window = 170, 8
     query, key, value = make_qkv(length)

@@ -17,7 +17,13 @@ BATCH, HEADS, KEY_HEADS, HEAD_DIM, VALUE_DIM, FEATURES = 2, 6, 3, 8, 5, 24
 # Those without an exact near field, which has tests of its own.
 PLAIN = sorted(implementations())
 FAST = sorted(set(PLAIN) - {"reference"})
-LENGTHS = (1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 41)
+LENGTHS = (
+    1,
+    pytest.param(CHUNK - 1, marks=pytest.mark.slow_on_jax),
+    pytest.param(CHUNK, marks=pytest.mark.slow_on_jax),
+    CHUNK + 1,
+    2 * CHUNK + 41,
+)
 
 
 def feature_map(seed=1, **kwargs):

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import keras
 import pytest
 
 pytest.importorskip("resource", reason="peak memory is read with a Unix call")
@@ -59,19 +60,24 @@ print("PEAKS", json.dumps(peaks))
 """
 
 
-def peaks_in_gib(*lengths):
+def run_in_a_process(script, *arguments, word):
+    """What the script prints after `word`, run by itself on this backend."""
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *map(str, lengths)],
+        [sys.executable, "-c", script, *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    line = next(line for line in done.stdout.splitlines() if line.startswith("PEAKS"))
-    return json.loads(line.removeprefix("PEAKS"))
+    line = next(line for line in done.stdout.splitlines() if line.startswith(word))
+    return line.removeprefix(word)
+
+
+def peaks_in_gib(*lengths):
+    return json.loads(run_in_a_process(SCRIPT, *lengths, word="PEAKS"))
 
 
 def test_a_causal_step_of_16384_tokens_adds_less_than_one_gib():
@@ -84,3 +90,30 @@ def test_memory_grows_linearly_to_65536_tokens():
     start, quarter, full = peaks_in_gib(512, 16384, 65536)
     growth = (full - start) / (quarter - start)
     assert growth < 4.6, f"memory grows {growth:.2f} times from 16,384 to 65,536 tokens"
+
+
+LONG_STEP = r"""
+import resource, sys
+import keras
+import numpy as np
+from keras_performer.models import PerformerCausalLM, PerformerDecoderBackbone
+
+backbone = PerformerDecoderBackbone(
+    vocabulary_size=261, num_layers=6, num_heads=8, hidden_dim=512, intermediate_dim=2048,
+    num_features=64, exact_window=64, **{sys.argv[1]: True})
+model = PerformerCausalLM(backbone)
+model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+ids = np.random.default_rng(0).integers(5, 261, (1, 32768)).astype("int32")
+loss = model.train_on_batch({"token_ids": ids, "padding_mask": np.ones_like(ids)}, ids)
+assert np.isfinite(loss).all(), loss
+print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", ["remat", "reversible"])
+def test_a_model_step_of_32768_tokens_fits_in_8_gib(option):
+    """The whole process: a decoder of bytes with 6 layers of width 512, its optimizer included."""
+    peak = float(run_in_a_process(LONG_STEP, option, word="PEAK"))
+    print(f"{keras.config.backend()}, {option}: {peak:.2f} GiB")
+    assert peak < 8, f"{peak:.2f} GiB with {option}=True"

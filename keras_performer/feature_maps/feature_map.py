@@ -225,7 +225,6 @@ class FeatureMap(keras.layers.Layer):
                 initializer=self._draw,
                 trainable=self.trainable_projection,
                 autocast=False,
-                dtype="float32",
             )
         self.built = True
 

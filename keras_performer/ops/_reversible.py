@@ -202,8 +202,9 @@ def _torch_function() -> Any:
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
-            found = ctx.backward(ctx.saved_tensors, grads[:2])
-            rest = len(ctx.saved_tensors) - ctx.num_differentiable
+            saved = ctx.saved_tensors
+            found = ctx.backward(saved, grads[:2])
+            rest = len(saved) - ctx.num_differentiable
             return (None, None, None, *found, *(None,) * rest)
 
     return Reversible

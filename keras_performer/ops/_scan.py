@@ -148,10 +148,10 @@ def _torch_function() -> Any:
         @staticmethod
         def backward(ctx: Any, *grads: Any):
             num_carry, num_xs = ctx.sizes
-            steps = ctx.saved_tensors[0].shape[0]
-            split = len(ctx.saved_tensors) - steps * num_carry
-            xs, weights = ctx.saved_tensors[:num_xs], ctx.saved_tensors[num_xs:split]
-            boundaries = ctx.saved_tensors[split:]
+            saved = ctx.saved_tensors  # which checkpointing lets a backward pass read once
+            steps = saved[0].shape[0]
+            split = len(saved) - steps * num_carry
+            xs, weights, boundaries = saved[:num_xs], saved[num_xs:split], saved[split:]
             d_carry, d_ys = list(grads[:num_carry]), grads[num_carry:]
             d_weights: list[Any] = [None] * len(weights)
             d_xs: list[list[Any]] = [[None] * steps for _ in xs]

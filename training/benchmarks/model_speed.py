@@ -36,9 +36,19 @@ class ValuesOnly(keras.layers.Layer):
         self.attention_output.build(shape)
         self.built = True
 
-    def call(self, query: Any, value: Any, **_: Any) -> Any:
+    def call(
+        self,
+        query: Any,
+        value: Any,
+        key_mask: Any = None,
+        use_causal_mask: bool = False,
+        segment_ids: Any = None,
+        positions: Any = None,
+        initial_state: Any = None,
+        return_state: bool = False,
+    ) -> Any:
         """Project values twice; masks and positions mean nothing here."""
-        del query
+        del query, key_mask, use_causal_mask, segment_ids, positions, initial_state, return_state
         return self.attention_output(self.value(value))
 
 
