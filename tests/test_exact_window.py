@@ -11,6 +11,7 @@ from tolerances import assert_close, assert_gradients_close, relative_rms, to_nu
 
 from keras_performer.feature_maps import ELU, FavorPlus, ReLU
 from keras_performer.ops import (
+    _blocked,
     empty_favor_state,
     favor_attention,
     favor_attention_weights,
@@ -174,6 +175,35 @@ def test_gradients_equal_the_reference(implementation, causal, masked, segmented
     _, actual = gradients(loss(implementation), query, key, value)
     assert_gradients_close(actual, expected)
     assert all(np.abs(g).max() > 1e-2 for g in actual)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_several_steps_of_blocks_equal_the_reference(causal, masked, monkeypatch):
+    """With steps as short as the reference can follow: guards what one step gives the next."""
+    monkeypatch.setattr(_blocked, "_STEP", 16)
+    length = 75
+    query, key, value = make_qkv(length)
+    options = {"causal": causal, "exact_window": 4, "num_sink_tokens": 3}
+    options |= make_options(length, masked, segmented=False)
+    direction = np.random.default_rng(5).standard_normal((BATCH, length, HEADS, VALUE_DIM))
+    if masked:
+        direction = direction * options["key_mask"][:, :, None, None]
+    direction = direction.astype("float32")
+    fm = feature_map()
+    fm.build(key.shape)
+
+    def loss(implementation):
+        def fn(query, key, value):
+            out = favor_attention(query, key, value, fm, implementation=implementation, **options)
+            return ops.sum(ops.square(ops.multiply(out, direction)))
+
+        return fn
+
+    expected_value, expected = gradients(loss("reference"), query, key, value)
+    actual_value, actual = gradients(loss("blocked"), query, key, value)
+    np.testing.assert_allclose(actual_value, expected_value, rtol=1e-5)
+    assert_gradients_close(actual, expected)
 
 
 @pytest.mark.parametrize("causal", [False, True])

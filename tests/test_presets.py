@@ -7,7 +7,6 @@ import sys
 import tomllib
 import types
 from pathlib import Path
-from typing import Any
 
 import keras
 import keras_hub
@@ -15,10 +14,17 @@ import numpy as np
 import pytest
 
 import keras_performer
+from keras_performer.feature_maps import FavorPlusPlus
 from keras_performer.models import (
+    PerformerCausalLM,
+    PerformerCausalLMPreprocessor,
+    PerformerDecoderBackbone,
     PerformerEncoderBackbone,
     PerformerMaskedLM,
     PerformerMaskedLMPreprocessor,
+    PerformerSequenceClassifier,
+    PerformerSequenceClassifierPreprocessor,
+    PerformerTokenClassifier,
     ProteinTokenizer,
 )
 
@@ -188,14 +194,46 @@ def test_weights_are_needed_only_where_they_are_loaded(copy):
 READ_ELSEWHERE = """
 import sys
 import keras, numpy as np
-from keras_performer.models import PerformerMaskedLM
-task = PerformerMaskedLM.from_preset(sys.argv[1])
-x = dict(np.load(sys.argv[2]))
-np.save(sys.argv[3], keras.ops.convert_to_numpy(task(x)))
+from keras_performer import models
+folder, names = sys.argv[1], sys.argv[2:]
+outputs = {}
+for name in names:
+    task = getattr(models, name).from_preset(f"{folder}/{name}")
+    outputs[name] = keras.ops.convert_to_numpy(task(dict(np.load(f"{folder}/{name}.npz"))))
+np.savez(f"{folder}/{keras.config.backend()}.npz", **outputs)
 """
 
 
-def test_other_backends_read_the_preset_with_equal_outputs(saved, tmp_path):
+def make_tasks():
+    """A task of every kind, with features and options that have weights of their own."""
+    sizes = (30, 2, 2, 12, 17)
+    tokenizer, window = ProteinTokenizer(), {"exact_window": 3, "num_sink_tokens": 1}
+    adaptive = FavorPlusPlus(13, balanced=True, projection="simplex")
+    encoder = PerformerEncoderBackbone(*sizes, feature_map=adaptive, **window)
+    decoder = PerformerDecoderBackbone(*sizes, num_features=13, reversible=True, **window)
+    masked, causal = make_task(), PerformerCausalLMPreprocessor(tokenizer, 19)
+    classifier = PerformerSequenceClassifierPreprocessor(tokenizer, 19)
+    for layer in encoder.transformer_layers:
+        x = np.random.default_rng(1).standard_normal((2, 7, 2, 6)).astype("float32")
+        layer.self_attention.feature_map.update_statistics(x, 2 * x)
+    return {
+        "PerformerMaskedLM": (masked, masked_inputs()),
+        "PerformerCausalLM": (PerformerCausalLM(decoder, causal), token_inputs()),
+        "PerformerSequenceClassifier": (
+            PerformerSequenceClassifier(encoder, 3, classifier),
+            token_inputs(),
+        ),
+        "PerformerTokenClassifier": (PerformerTokenClassifier(encoder, 4), token_inputs()),
+    }
+
+
+def token_inputs():
+    inputs = masked_inputs()
+    del inputs["mask_positions"]
+    return inputs
+
+
+def test_other_backends_read_presets_with_equal_outputs(tmp_path):
     others = [
         name
         for name in ("tensorflow", "jax", "torch")
@@ -203,23 +241,29 @@ def test_other_backends_read_the_preset_with_equal_outputs(saved, tmp_path):
     ]
     if not others:
         pytest.skip("no other backend is installed")
-    x: dict[str, Any] = masked_inputs()
-    np.savez(tmp_path / "x.npz", **x)
+    expected = {}
+    for name, (task, inputs) in make_tasks().items():
+        task.save_to_preset(str(tmp_path / name))
+        np.savez(tmp_path / f"{name}.npz", **inputs)
+        expected[name] = to_numpy(task(inputs))
+        assert expected[name].std() > 1e-4
     started = {}
-    for name in others:
-        files = [str(saved[0]), str(tmp_path / "x.npz"), str(tmp_path / f"{name}.npy")]
-        started[name] = subprocess.Popen(
-            [sys.executable, "-c", READ_ELSEWHERE, *files],
-            env={**os.environ, "KERAS_BACKEND": name},
+    for backend in others:
+        started[backend] = subprocess.Popen(
+            [sys.executable, "-c", READ_ELSEWHERE, str(tmp_path), *expected],
+            env={**os.environ, "KERAS_BACKEND": backend},
             cwd=ROOT,
             stderr=subprocess.PIPE,
             text=True,
         )
-    for name, process in started.items():
-        _, errors = process.communicate(timeout=120)
+    for backend, process in started.items():
+        _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
-        outputs = np.load(tmp_path / f"{name}.npy")
-        np.testing.assert_allclose(outputs, saved[1], rtol=1e-5, atol=1e-5, err_msg=name)
+        outputs = np.load(tmp_path / f"{backend}.npz")
+        for name, output in expected.items():
+            np.testing.assert_allclose(
+                outputs[name], output, rtol=1e-5, atol=1e-5, err_msg=f"{name} on {backend}"
+            )
 
 
 IMPORT_ORDERS = [

@@ -35,7 +35,7 @@ from keras_performer.ops._sums import (
     no_carry,
 )
 
-_STEP = 512
+_STEP = 1024
 """Tokens a step, in whole blocks."""
 
 
