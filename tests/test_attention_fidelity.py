@@ -11,6 +11,8 @@ pytest.importorskip("matplotlib")
 from training.benchmarks import attention_fidelity
 from training.benchmarks.attention_fidelity import Data, Plan
 
+pytestmark = pytest.mark.slow_on_jax
+
 SMALL = Plan(
     num_features=(16, 64),
     norms=(1.0,),

@@ -166,12 +166,14 @@ def test_projection_is_the_same_on_every_backend():
     np.testing.assert_allclose(rows[0, :3], [-2.0212615, -0.91147137, -0.9443753], rtol=1e-6)
 
 
-def test_projection_is_a_saved_float32_weight_that_is_not_trained():
-    feature_map = built(FavorPlus(11, seed=0, dtype="bfloat16"), 7)
+def test_projection_is_a_saved_weight_that_is_not_trained():
+    feature_map = built(FavorPlus(11, seed=0, dtype="mixed_bfloat16"), 7)
     assert [w.name for w in feature_map.non_trainable_weights] == ["projection"]
     assert feature_map.trainable_weights == []
     assert keras.backend.standardize_dtype(feature_map.projection.dtype) == "float32"
     assert_exact(feature_map.projection, projection_of(FavorPlus(11, seed=0), 7))
+    half = built(FavorPlus(11, seed=0, dtype="bfloat16"), 7)
+    assert keras.backend.standardize_dtype(half.projection.dtype) == "bfloat16"
 
 
 # Statistics. Blocks of one large projection are independent draws of a small one.
