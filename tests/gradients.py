@@ -99,6 +99,25 @@ def attend(query: Any, key: Any, value: Any, feature_map: Any, **options: Any) -
     return call(favor_attention, query, key, value, feature_map=feature_map, **options)
 
 
+def attention_gradients(
+    query: Any, key: Any, value: Any, feature_map: Any, cotangent: Any, **options: Any
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The output of `favor_attention`, and the gradients of its sum weighted by `cotangent`.
+
+    Those are by query, key and value. The output is the gradient by the cotangent itself, so that
+    JAX compiles once for both.
+    """
+    if not feature_map.built:
+        feature_map.build(key.shape)
+
+    def weighted_sum(cotangent: Any, *arrays: Any) -> Any:
+        output = favor_attention(*arrays, feature_map, **options)
+        return keras.ops.sum(keras.ops.multiply(output, cotangent))
+
+    _, (output, *found) = gradients(weighted_sum, cotangent, query, key, value)
+    return output, found
+
+
 def implementations(
     exact_window: int | None = None, segmented: bool = False, stateful: bool = False
 ) -> list[str]:

@@ -5,8 +5,21 @@ import itertools
 import numpy as np
 import oracles
 import pytest
-from gradients import attend, gradients, implementations
+from gradients import attend, attention_gradients, gradients, implementations
 from keras import ops
+from test_favor_attention import (
+    BATCH,
+    FEATURES,
+    HEADS,
+    KEY_HEADS,
+    UNMASKED,
+    VALUE_DIM,
+    feature_map,
+    make_direction,
+    make_qkv,
+    make_segments,
+)
+from test_favor_attention import assert_states_close as assert_sums_close
 from tolerances import assert_close, assert_gradients_close, relative_rms, to_numpy
 
 from keras_performer.feature_maps import ELU, FavorPlus, ReLU
@@ -17,11 +30,6 @@ from keras_performer.ops import (
     favor_attention_weights,
     softmax_attention,
 )
-
-BATCH, HEADS, KEY_HEADS, HEAD_DIM, VALUE_DIM, FEATURES = 2, 6, 3, 8, 5, 24
-# A mask of all keys is one of the masks: where time is short the masked cases stand for both.
-UNMASKED = pytest.param(False, marks=pytest.mark.slow_on_jax)
-
 
 NEAR = implementations(4)
 STATEFUL = implementations(4, segmented=True, stateful=True)
@@ -43,30 +51,11 @@ SIZES = [
 ]
 
 
-def feature_map():
-    return FavorPlus(FEATURES, seed=1)
-
-
-def make_qkv(length, *, seed=0, scale=1.0, key_heads=KEY_HEADS):
-    rng = np.random.default_rng(seed)
-    shapes = [(HEADS, HEAD_DIM), (key_heads, HEAD_DIM), (key_heads, VALUE_DIM)]
-    query, key, value = (rng.standard_normal((BATCH, length, *shape)) for shape in shapes)
-    return tuple(x.astype("float32") for x in (scale * query, scale * key, value))
-
-
 def make_mask(length, seed=2):
     mask = np.random.default_rng(seed).random((BATCH, length)) > 0.3
     mask[0, : length // 4] = False
     mask[:, length // 4] = True
     return mask
-
-
-def make_segments(length):
-    ids = np.zeros((BATCH, length), "int32")
-    ids[0, length // 3 :] = 4
-    ids[0, length // 2 :] = 0  # an id that comes back starts a segment of its own
-    ids[1, length - length // 5 :] = 7
-    return ids
 
 
 def make_options(length, masked, segmented):
@@ -78,21 +67,16 @@ def make_options(length, masked, segmented):
     return options
 
 
+def make_direction_of(options, length):
+    """Nothing for tokens that take no part."""
+    mask = options.get("key_mask", np.ones((BATCH, length), bool))
+    return make_direction(length) * mask[:, :, None, None]
+
+
 def unmasked(output, options):
     """The outputs of tokens that take part; what the others give is not specified."""
     mask = options.get("key_mask")
     return to_numpy(output) if mask is None else to_numpy(output)[mask]
-
-
-def as_sums(state):
-    scale = np.exp(to_numpy(state["log_max"]).astype("float64"))
-    return {"kv": scale[..., None] * to_numpy(state["kv"]), "k": scale * to_numpy(state["k_sum"])}
-
-
-def assert_sums_close(actual, expected):
-    for name, sums in as_sums(expected).items():
-        atol = 1e-5 * np.abs(sums).max() + 1e-30
-        np.testing.assert_allclose(as_sums(actual)[name], sums, rtol=2e-5, atol=atol)
 
 
 def assert_states_close(actual, expected):
@@ -156,25 +140,14 @@ def test_equals_the_reference(implementation, causal, masked, segmented, length,
 @pytest.mark.parametrize("masked", [UNMASKED, True])
 def test_gradients_equal_the_reference(implementation, causal, masked, segmented):
     length = 150
-    query, key, value = make_qkv(length)
+    arrays, fm = make_qkv(length), feature_map()
     options = {"causal": causal, "exact_window": 16, "num_sink_tokens": 3}
     options |= make_options(length, masked, segmented)
-    direction = np.random.default_rng(5).standard_normal((BATCH, length, HEADS, VALUE_DIM))
-    if masked:
-        direction = direction * options["key_mask"][:, :, None, None]
-    direction = direction.astype("float32")
-    fm = feature_map()
-    fm.build(key.shape)
-
-    def loss(implementation):
-        def fn(query, key, value):
-            out = favor_attention(query, key, value, fm, implementation=implementation, **options)
-            return ops.sum(ops.multiply(out, direction))
-
-        return fn
-
-    _, expected = gradients(loss("reference"), query, key, value)
-    _, actual = gradients(loss(implementation), query, key, value)
+    direction = make_direction_of(options, length)
+    _, expected = attention_gradients(*arrays, fm, direction, implementation="reference", **options)
+    _, actual = attention_gradients(
+        *arrays, fm, direction, implementation=implementation, **options
+    )
     assert_gradients_close(actual, expected)
     assert all(np.abs(g).max() > 1e-2 for g in actual)
 
@@ -185,27 +158,16 @@ def test_several_steps_of_blocks_equal_the_reference(causal, masked, monkeypatch
     """With steps as short as the reference can follow: guards what one step gives the next."""
     monkeypatch.setattr(_blocked, "_STEP", 16)
     length = 75
-    query, key, value = make_qkv(length)
+    arrays, fm = make_qkv(length), feature_map()
     options = {"causal": causal, "exact_window": 4, "num_sink_tokens": 3}
     options |= make_options(length, masked, segmented=False)
-    direction = np.random.default_rng(5).standard_normal((BATCH, length, HEADS, VALUE_DIM))
-    if masked:
-        direction = direction * options["key_mask"][:, :, None, None]
-    direction = direction.astype("float32")
-    fm = feature_map()
-    fm.build(key.shape)
-
-    def loss(implementation):
-        def fn(query, key, value):
-            out = favor_attention(query, key, value, fm, implementation=implementation, **options)
-            return ops.sum(ops.square(ops.multiply(out, direction)))
-
-        return fn
-
-    expected_value, expected = gradients(loss("reference"), query, key, value)
-    actual_value, actual = gradients(loss("blocked"), query, key, value)
-    np.testing.assert_allclose(actual_value, expected_value, rtol=1e-5)
-    assert_gradients_close(actual, expected)
+    direction = make_direction_of(options, length)
+    (expected, expected_gradients), (actual, actual_gradients) = (
+        attention_gradients(*arrays, fm, direction, implementation=name, **options)
+        for name in ("reference", "blocked")
+    )
+    assert_close(unmasked(actual, options), unmasked(expected, options))
+    assert_gradients_close(actual_gradients, expected_gradients)
 
 
 @pytest.mark.parametrize("causal", [False, True])

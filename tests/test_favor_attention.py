@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import oracles
 import pytest
-from gradients import attend, gradients, implementations
+from gradients import attend, attention_gradients, gradients, implementations
 from keras import ops
 from tolerances import assert_close, assert_gradients_close, relative_rms, to_numpy
 
@@ -55,6 +55,20 @@ def make_segments(length):
     return ids
 
 
+def make_options(length, masked, segmented):
+    options = {}
+    if masked:
+        options["key_mask"] = make_mask(length)
+    if segmented:
+        options["segment_ids"] = make_segments(length)
+    return options
+
+
+def make_direction(length):
+    direction = np.random.default_rng(5).standard_normal((BATCH, length, HEADS, VALUE_DIM))
+    return direction.astype("float32")
+
+
 def log_features(x, fm):
     return oracles.favor_log_features(
         x, to_numpy(fm.projection), hyperbolic=getattr(fm, "hyperbolic", False)
@@ -93,11 +107,7 @@ def assert_states_close(actual, expected):
 def test_equals_a_float64_loop_over_pairs(implementation, causal, masked, segmented):
     length = 13
     query, key, value = make_qkv(length)
-    options = {"causal": causal}
-    if masked:
-        options["key_mask"] = make_mask(length)
-    if segmented:
-        options["segment_ids"] = make_segments(length)
+    options = {"causal": causal, **make_options(length, masked, segmented)}
     fm = feature_map()
     output = attend(query, key, value, fm, implementation=implementation, **options)
     assert_close(output, oracle(query, key, value, fm, **options))
@@ -136,11 +146,7 @@ def test_plain_features_equal_a_float64_loop(implementation, causal, fm):
 @pytest.mark.parametrize("length", LENGTHS)
 def test_equals_the_reference(implementation, causal, masked, segmented, length):
     query, key, value = make_qkv(length)
-    options = {"causal": causal}
-    if masked:
-        options["key_mask"] = make_mask(length)
-    if segmented:
-        options["segment_ids"] = make_segments(length)
+    options = {"causal": causal, **make_options(length, masked, segmented)}
     fm = feature_map()
     if causal or not segmented:
         options["return_state"] = True
@@ -158,26 +164,13 @@ def test_equals_the_reference(implementation, causal, masked, segmented, length)
 @pytest.mark.parametrize("segmented", [False, True])
 @pytest.mark.parametrize("length", [1, CHUNK + 1])
 def test_gradients_equal_the_reference(implementation, causal, masked, segmented, length):
-    query, key, value = make_qkv(length)
-    direction = np.random.default_rng(5).standard_normal((BATCH, length, HEADS, VALUE_DIM))
-    direction = direction.astype("float32")
-    options = {"causal": causal}
-    if masked:
-        options["key_mask"] = make_mask(length)
-    if segmented:
-        options["segment_ids"] = make_segments(length)
-    fm = feature_map()
-    fm.build(key.shape)
-
-    def loss(implementation):
-        def fn(query, key, value):
-            out = favor_attention(query, key, value, fm, implementation=implementation, **options)
-            return ops.sum(ops.multiply(out, direction))
-
-        return fn
-
-    _, expected = gradients(loss("reference"), query, key, value)
-    _, actual = gradients(loss(implementation), query, key, value)
+    arrays, fm = make_qkv(length), feature_map()
+    options = {"causal": causal, **make_options(length, masked, segmented)}
+    direction = make_direction(length)
+    _, expected = attention_gradients(*arrays, fm, direction, implementation="reference", **options)
+    _, actual = attention_gradients(
+        *arrays, fm, direction, implementation=implementation, **options
+    )
     assert_gradients_close(actual, expected)
     assert all(np.abs(g).max() > 1e-3 for g in (actual[2],))
     if length > 1:

@@ -26,7 +26,7 @@ from keras_performer.ops._chunks import (
     with_ones,
 )
 from keras_performer.ops._near_field import NearField
-from keras_performer.ops._scan import scan
+from keras_performer.ops._scan import carries_of, scan
 from keras_performer.ops._sums import (
     absorb,
     features,
@@ -79,6 +79,7 @@ def attend(
     )
     size, num_steps = _plan(length, window)
     after = 0 if causal else window
+    empty = initial_carry(None, key, value, feature_map)
     value = with_ones(value, key_mask)
     arrays = {"query": _query_blocks(query, window, size, num_steps)}
     for name, x in (("key", key), ("value", value), ("mask", key_mask)):
@@ -96,7 +97,6 @@ def attend(
         sinks = tuple(part(x, 2, 0, count) for x in (key, value))
     # Two blocks see each other: there is nothing beyond.
     has_far = not (isinstance(num_steps, int) and num_steps * size <= 2)
-    empty = initial_carry(None, key, part(value, 3, 0, value.shape[-1] - 1), feature_map)
     if has_far and not causal:
         arrays |= _sums_beside(arrays, feature_map, operands, empty, size * window)
     order = _order(causal, window, query.shape[2])
@@ -266,16 +266,10 @@ def _sums_beside(arrays, feature_map, operands, empty, length):
         def step(carry, xs, weights, start=start):
             key, value, mask = _far_keys(dict(zip(names, xs, strict=True)), start, length)
             keys = key_features(feature_map, key, weights, ops.expand_dims(mask, -1))
-            return absorb(carry, value, *keys), carry
+            return absorb(carry, value, *keys)
 
-        _, (sums, scale) = scan(
-            step,
-            empty,
-            tuple(arrays[name] for name in names),
-            operands,
-            output_shapes=[ops.shape(x) for x in empty],
-            reverse=side == "after",
-        )
+        xs = tuple(arrays[name] for name in names)
+        sums, scale = carries_of(step, empty, xs, operands, reverse=side == "after")
         found |= {f"{side}_sums": sums, f"{side}_scale": scale}
     return found
 

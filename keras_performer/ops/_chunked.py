@@ -12,15 +12,17 @@ from keras import ops
 
 from keras_performer.ops._chunks import (
     cut,
-    dtype_of,
     join_rows,
     normalize,
     plan,
+    reads_run,
+    run_before,
     same_run,
     split_rows,
     tile_rows,
+    with_ones,
 )
-from keras_performer.ops._scan import scan
+from keras_performer.ops._scan import carries_of, scan
 from keras_performer.ops._sums import (
     absorb,
     as_state,
@@ -128,7 +130,7 @@ def _causal(query, key, value, feature_map, operands, key_mask, runs, state):
         if chunk_runs:
             run, state_run = chunk_runs
             visible = ops.logical_and(visible, same_run(run, run))
-            reads_state = tile_rows(same_run(run, ops.expand_dims(state_run, -1)), num_groups)
+            reads_state = reads_run(run, state_run, num_groups)
         weighted = attend_chunk(
             phi_q, phi_k, log_scale, v, tile_rows(visible, num_groups), [(*carry, reads_state)]
         )
@@ -154,29 +156,26 @@ def _packed(query, key, value, feature_map, operands, key_mask, runs):
     run, before = _run_chunks(runs, CHUNK)
     after = ops.concatenate([run[1:, :, 0], run[-1:, :, -1]], axis=0)
     empty = initial_carry(None, key, value, feature_map)
-    like = [ops.shape(t) for t in empty]
 
     def absorb_towards(edge):
         def step(carry, x, weights):
             k, v, m, run, neighbour = x
             phi, log_scale = key_features(feature_map, k, weights, m)
             kept, v, log_scale = keep_run(carry, v, log_scale, run, neighbour, run[:, edge])
-            return absorb(kept, v, phi, log_scale), carry
+            return absorb(kept, v, phi, log_scale)
 
         return step
 
-    _, prefix = scan(absorb_towards(-1), empty, (*keys, run, before), operands, output_shapes=like)
-    _, suffix = scan(
-        absorb_towards(0), empty, (*keys, run, after), operands, output_shapes=like, reverse=True
-    )
+    prefix = carries_of(absorb_towards(-1), empty, (*keys, run, before), operands)
+    suffix = carries_of(absorb_towards(0), empty, (*keys, run, after), operands, reverse=True)
 
     def step(carry, x, weights):
         q, k, v, m, run, before, after, *states = x
         phi_q, _ = features(feature_map, q, weights, is_query=True)
         phi_k, log_scale = key_features(feature_map, k, weights, m)
         reads = [
-            (*states[:2], tile_rows(same_run(run, ops.expand_dims(before, -1)), num_groups)),
-            (*states[2:], tile_rows(same_run(run, ops.expand_dims(after, -1)), num_groups)),
+            (*states[:2], reads_run(run, before, num_groups)),
+            (*states[2:], reads_run(run, after, num_groups)),
         ]
         weighted = attend_chunk(
             phi_q, phi_k, log_scale, v, tile_rows(same_run(run, run), num_groups), reads
@@ -201,9 +200,7 @@ def _key_chunks(key, value, key_mask, largest):
     batch, _, length, _ = ops.shape(key)
     if key_mask is None:
         key_mask = ops.ones((batch, 1, length), "bool")
-    mask = ops.expand_dims(key_mask, -1)
-    ones = ops.broadcast_to(ops.cast(mask, dtype_of(value)), (*ops.shape(value)[:-1], 1))
-    value = ops.concatenate([value, ones], axis=-1)
+    value, mask = with_ones(value, key_mask), ops.expand_dims(key_mask, -1)
     return cut(key, 2, largest), cut(value, 2, largest), cut(mask, 2, largest)
 
 
@@ -224,5 +221,4 @@ def _run_chunks(runs, largest):
         last = ops.broadcast_to(runs[:, -1:], (ops.shape(runs)[0], padding))
         runs = ops.concatenate([runs, last], axis=1)
     chunks = cut(runs, 1, largest)
-    before = ops.concatenate([ops.zeros_like(chunks[:1, :, 0]), chunks[:-1, :, -1]], axis=0)
-    return chunks, before
+    return chunks, run_before(chunks)

@@ -29,6 +29,11 @@ def plan(length: Any, largest: int) -> tuple[int, Any]:
     return size, max(1, math.ceil(length / size))
 
 
+def is_one(count: Any) -> bool:
+    """Whether a count, static or a tensor, is known to be one."""
+    return isinstance(count, int) and count == 1
+
+
 def pad(x: Any, axis: int, length: Any) -> Any:
     """Pad with zeros at the end of `axis` to `length`, static or not."""
     current = ops.shape(x)[axis]
@@ -88,11 +93,10 @@ def overlapping(
     Returns:
         (num_chunks, ..., before + size + after, ...).
     """
-    one = isinstance(num_chunks, int) and num_chunks == 1
     x = pad(x, axis, before + num_chunks * size + (size if after else 0))
 
     def chunks(start: int, length: int) -> Any:
-        if one:  # which may be shorter than what lies beside it
+        if is_one(num_chunks):  # which may be shorter than what lies beside it
             return ops.expand_dims(part(x, axis, start, length), 0)
         found = split(part(x, axis, start, num_chunks * size), axis, size)
         return found if length == size else part(found, axis + 1, 0, length)
@@ -134,6 +138,16 @@ def same_run(run_a: Any, run_b: Any) -> Any:
     return ops.expand_dims(
         ops.equal(ops.expand_dims(run_a, -1), ops.expand_dims(run_b, -2)), axis=1
     )
+
+
+def run_before(run: Any, last: int = -1) -> Any:
+    """The run (n, B) at slot `last` of the chunk before each of (n, B, L); 0 before the first."""
+    return ops.concatenate([ops.zeros_like(run[:1, :, 0]), run[:-1, :, last]], axis=0)
+
+
+def reads_run(run: Any, carried_run: Any, num_groups: int) -> Any:
+    """Which rows of a chunk's runs (B, C) a state of `carried_run` (B,) is for: (B, 1, G*C, 1)."""
+    return tile_rows(same_run(run, ops.expand_dims(carried_run, -1)), num_groups)
 
 
 def tile_rows(mask: Any, num_groups: int) -> Any:

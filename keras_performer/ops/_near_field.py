@@ -31,6 +31,8 @@ class NearField(NamedTuple):
     """The state's sink keys (B, K, s, H), values (B, K, s, V) and mask (B, K, s)."""
     stays: Any
     """None, or whether the returned state keeps a key in its window: boolean (B, front + T)."""
+    ending: Any
+    """None, or for a state to return each row's last slot (B,) and the position after it (B,)."""
 
     def is_exact(self, query_positions: Any, key_positions: Any) -> Any:
         """Whether pairs are near: (B, L), (B, L') -> (B, 1, L, L'), for tokens of one sequence.
@@ -94,19 +96,19 @@ def begin(
             runs = ops.concatenate([ops.zeros_like(before), runs], axis=1)
         if num_sinks:
             sinks = (state["sink_key"], state["sink_value"], state["sink_mask"])
-    near = NearField(window, num_sinks, front, positions, sinks, None)
+    near = NearField(window, num_sinks, front, positions, sinks, None, None)
     if return_state:
-        belongs, _, following = _ending(near, key_mask, runs)
+        belongs, last, following = _ending(near, key_mask, runs)
         # The first position that the next token sees in its own and the last block.
         first_kept = (ops.floor_divide(following, window) - 1) * window
         kept = ops.logical_or(positions >= ops.expand_dims(first_kept, -1), near.is_sink(positions))
-        near = near._replace(stays=ops.logical_and(belongs, kept))
+        near = near._replace(stays=ops.logical_and(belongs, kept), ending=(last, following))
     return near, key, value, key_mask, runs
 
 
-def finish(near: NearField, key: Any, value: Any, key_mask: Any, runs: Any) -> dict[str, Any]:
+def finish(near: NearField, key: Any, value: Any, key_mask: Any) -> dict[str, Any]:
     """What the returned state holds beside the sums: window, sinks and position."""
-    _, last, following = _ending(near, key_mask, runs)
+    last, following = near.ending
     slots = ops.expand_dims(last + 1, -1) + ops.arange(-2 * near.window, 0, dtype="int32")
     inside = slots >= 0
     slots = ops.maximum(slots, 0)

@@ -85,6 +85,23 @@ def scan(
     )
 
 
+def carries_of(
+    step: Callable[[Tensors, Tensors, Tensors], Tensors],
+    carry: Tensors,
+    xs: Tensors,
+    weights: Tensors,
+    *,
+    reverse: bool = False,
+) -> Tensors:
+    """The carry that each step of `carry = step(carry, xs[i], weights)` begins with, stacked."""
+
+    def body(carry: Tensors, x: Tensors, weights: Tensors) -> tuple[Tensors, Tensors]:
+        return step(carry, x, weights), carry
+
+    shapes = [keras.ops.shape(tensor) for tensor in carry]
+    return scan(body, carry, xs, weights, output_shapes=shapes, reverse=reverse)[1]
+
+
 # JAX: rematerialisation of the scan body is all there is to it.
 
 

@@ -12,18 +12,21 @@ from keras import ops
 
 from keras_performer.ops._chunks import (
     LOG_ZERO,
+    is_one,
     join_rows,
     normalize,
     overlapping,
     pad_before,
     part,
+    reads_run,
+    run_before,
     same_run,
     split_rows,
     tile_rows,
     with_ones,
 )
 from keras_performer.ops._near_field import NearField, sinks_before
-from keras_performer.ops._scan import scan
+from keras_performer.ops._scan import carries_of, scan
 from keras_performer.ops._sums import (
     absorb,
     as_state,
@@ -73,8 +76,8 @@ def attend(
         near: Positions and sinks.
 
     Returns:
-        The output (B, K, G, T, V) and the state: causal, of the keys that leave the window, and
-        otherwise of none but those of the initial one.
+        The output (B, K, G, T, V) and, causally, the state of the keys that left the window;
+        otherwise an empty one.
     """
     walk = _causal if causal else _bidirectional
     return walk(query, key, value, feature_map, operands, key_mask, runs, state, near)
@@ -83,13 +86,11 @@ def attend(
 def _causal(query, key, value, feature_map, operands, key_mask, runs, state, near):
     length, num_groups = ops.shape(query)[3], query.shape[2]
     size, num_tiles = _plan(length, near.window)
-    reach = 0 if _is_one(num_tiles) and not near.front else 2 * near.window
+    reach = 0 if is_one(num_tiles) and not near.front else 2 * near.window
     sees_all = _sees_all_exactly(length, near)
     arrays = _tiles(key, value, key_mask, runs, near, size, num_tiles, reach, 0)
     if runs is not None:
-        run = arrays["run"]
-        first = ops.zeros_like(run[:1, :, 0])
-        arrays["state_run"] = ops.concatenate([first, run[:-1, :, size - 1]], axis=0)
+        arrays["state_run"] = run_before(arrays["run"], size - 1)
     arrays["query"] = split_rows(query, size, num_tiles)
     rows = ops.expand_dims(ops.arange(reach, reach + size), -1)
     causal = ops.expand_dims(rows >= ops.arange(reach + size), (0, 1))
@@ -100,11 +101,10 @@ def _causal(query, key, value, feature_map, operands, key_mask, runs, state, nea
         if not sees_all:
             gate = None
             if runs is not None:
-                gate = same_run(tile["run"][:, reach:], ops.expand_dims(tile["state_run"], -1))
-                gate = tile_rows(gate, num_groups)
+                gate = reads_run(tile["run"][:, reach:], tile["state_run"], num_groups)
             reads = [(*carry, gate)]
         # A single token sees its window exactly: what has left it is in the state.
-        pairs = not (sees_all or _is_one(length))
+        pairs = not (sees_all or is_one(length))
         output, keys = _attend_tile(
             tile, feature_map, weights, near, num_groups, slice(reach, None), causal, reads, pairs
         )
@@ -133,20 +133,17 @@ def _causal(query, key, value, feature_map, operands, key_mask, runs, state, nea
 def _bidirectional(query, key, value, feature_map, operands, key_mask, runs, state, near):
     length, num_groups = ops.shape(query)[3], query.shape[2]
     size, num_tiles = _plan(length, near.window)
-    reach = 0 if _is_one(num_tiles) else 2 * near.window
+    reach = 0 if is_one(num_tiles) else 2 * near.window
     sees_all = _sees_all_exactly(length, near)
     arrays = _tiles(key, value, key_mask, runs, near, size, num_tiles, reach, reach)
     if runs is not None:
         run = arrays["run"]
-        arrays["before"] = ops.concatenate(
-            [ops.zeros_like(run[:1, :, 0]), run[:-1, :, size - 1]], axis=0
-        )
+        arrays["before"] = run_before(run, size - 1)
         arrays["after"] = ops.concatenate([run[1:, :, -size], run[-1:, :, -1]], axis=0)
     initial = initial_carry(state, key, value, feature_map)
     states = {}
-    if not _is_one(num_tiles):
+    if not is_one(num_tiles):
         names = [name for name in arrays if not name.startswith("sink")]
-        like = [ops.shape(x) for x in initial]
 
         def take_up(side):
             start, edge = (0, -1) if side == "before" else (2 * reach, 0)
@@ -154,23 +151,15 @@ def _bidirectional(query, key, value, feature_map, operands, key_mask, runs, sta
             def step(carry, xs, weights):
                 tile = dict(zip(names, xs, strict=True))
                 keys, carried = _part(tile, start, size), tile.get(side)
-                after = _take_up(carry, keys, feature_map, weights, near, None, carried, edge)
-                return after, carry
+                return _take_up(carry, keys, feature_map, weights, near, None, carried, edge)
 
             return step
 
         xs = tuple(arrays[name] for name in names)
         empty = initial_carry(None, key, value, feature_map)
         for side, start in (("before", initial), ("after", empty)):
-            _, (sums, scale) = scan(
-                take_up(side),
-                start,
-                xs,
-                operands,
-                output_shapes=like,
-                reverse=side == "after",
-            )
-            states[f"{side}_sums"], states[f"{side}_scale"] = sums, scale
+            sums, scale = carries_of(take_up(side), start, xs, operands, reverse=side == "after")
+            states |= {f"{side}_sums": sums, f"{side}_scale": scale}
     elif state is not None:
         sums, scale = (ops.expand_dims(x, 0) for x in initial)
         states = {"before_sums": sums, "before_scale": scale}
@@ -185,8 +174,7 @@ def _bidirectional(query, key, value, feature_map, operands, key_mask, runs, sta
                 continue
             gate = None
             if runs is not None:
-                gate = same_run(tile["run"][:, queries], ops.expand_dims(tile[side], -1))
-                gate = tile_rows(gate, num_groups)
+                gate = reads_run(tile["run"][:, queries], tile[side], num_groups)
             reads.append((tile[f"{side}_sums"], tile[f"{side}_scale"], gate))
         output, _ = _attend_tile(
             tile, feature_map, weights, near, num_groups, queries, everything, reads, not sees_all
@@ -291,11 +279,6 @@ def _plan(length, window):
     return (length, 1) if length <= size else (size, -(-length // size))
 
 
-def _is_one(count):
-    """Whether a count, static or a tensor, is known to be one."""
-    return isinstance(count, int) and count == 1
-
-
 def _sees_all_exactly(length, near):
     """Whether every pair is near, known before the tensors are."""
     return isinstance(length, int) and not near.front and length <= near.window
@@ -329,7 +312,7 @@ def _tiles(key, value, key_mask, runs, near, size, num_tiles, before, after):
         more = ops.broadcast_to(runs[:, -1:], (ops.shape(runs)[0], end))
         arrays["run"] = tiles(ops.concatenate([runs, more], axis=1)[:, :end], 1)
     # Before a single tile lies only what a state remembers.
-    if near.num_sinks and not (_is_one(num_tiles) and near.sinks is None):
+    if near.num_sinks and not (is_one(num_tiles) and near.sinks is None):
         slots = ops.expand_dims(ops.arange(num_tiles, dtype="int32") * size - lead, 0)
         slots = ops.maximum(slots, 0)
         sink_key, sink_value, sink_mask = sinks_before(near, key, value, key_mask, slots)

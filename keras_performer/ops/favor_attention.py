@@ -200,7 +200,7 @@ def _attend_with_window(
         options = {"causal": True, "key_mask": mask, "runs": runs, "state": state, "near": near}
         output, sums = attend(query, keys, values, feature_map, operands, **options)
         if return_state:
-            sums = {**sums, **_near_field.finish(near, keys, values, mask, runs)}
+            sums = {**sums, **_near_field.finish(near, keys, values, mask)}
         return output, sums
     kept: dict[str, Any] = {}
     if state is not None and "window_key" in state:

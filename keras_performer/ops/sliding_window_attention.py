@@ -8,11 +8,15 @@ from keras_performer.ops._chunks import (
     LOG_ZERO,
     dtype_of,
     normalize,
+    overlapping,
     pad,
+    pad_before,
     run_indices,
     same_run,
     split,
+    split_rows,
     tile_rows,
+    with_ones,
 )
 from keras_performer.ops._scan import scan
 
@@ -80,30 +84,23 @@ def sliding_window_attention(
         key_mask = ops.cast(key_mask, "bool")
         key_mask = key_mask if len(key_mask.shape) == 3 else ops.expand_dims(key_mask, 1)
         key, value = (ops.where(ops.expand_dims(key_mask, -1), t, 0.0) for t in (key, value))
-    mask = ops.expand_dims(key_mask, -1)
-    ones = ops.broadcast_to(ops.cast(mask, dtype), (*ops.shape(value)[:-1], 1))
-    value = ops.concatenate([value, ones], axis=-1)
+    value, mask = with_ones(value, key_mask), ops.expand_dims(key_mask, -1)
 
     longest = length if causal else ops.maximum(length, key_length)
     if isinstance(length, int) and isinstance(key_length, int):
         longest = length if causal else max(length, key_length)
     size = max(sliding_window, _SMALLEST_BLOCK)
     size = min(size, longest) if isinstance(longest, int) else size
-    total = (longest + size - 1) // size * size
-    queries = split(pad(query, 3, total), 3, size)
-    rows = (*ops.shape(queries)[:3], num_groups * size)
-    queries = ops.reshape(queries, (*rows, head_dim))
+    num_blocks = (longest + size - 1) // size
+    total = num_blocks * size
+    queries = split_rows(query, size, num_blocks)
 
     def neighbours(x: Any, axis: int) -> Any:
         """Blocks of keys beside their neighbours: (n, ..., 2 or 3 blocks, ...)."""
         if causal:
             x = x[(slice(None),) * axis + (slice(None, total),)]  # no query sees later keys
-        blocks = split(pad(x, axis, total), axis, size)
-        none = ops.zeros_like(blocks[:1])
-        sides = [ops.concatenate([none, blocks[:-1]], axis=0), blocks]
-        if not causal:
-            sides.append(ops.concatenate([blocks[1:], none], axis=0))
-        return ops.concatenate(sides, axis=axis + 1)
+        x = pad_before(x, axis, size)
+        return overlapping(x, axis, size, num_blocks, size, 0 if causal else size)
 
     position = ops.expand_dims(ops.arange(size) + size, -1)
     distance = position - ops.expand_dims(ops.arange(size * (2 if causal else 3)), 0)
@@ -130,7 +127,7 @@ def sliding_window_attention(
         attend,
         (ops.zeros((1,), dtype),),
         tuple(xs),
-        output_shapes=[(*rows[1:], value_dim)],
+        output_shapes=[(*ops.shape(queries)[1:-1], value_dim)],
     )
     blocks = (*ops.shape(queries)[:3], num_groups, size, value_dim)
     output = ops.transpose(ops.reshape(output, blocks), (1, 0, 4, 2, 3, 5))
