@@ -1,10 +1,10 @@
 import gzip
 import hashlib
-import json
 
 import pytest
 
 from training.data import build_protein_sample
+from training.data.examples import Example
 from training.data.fasta import Protein, read_fasta
 from training.data.protein_sample import (
     LOCALISATIONS,
@@ -113,14 +113,11 @@ def test_the_shipped_sample_is_what_was_built():
         localisation(PROTEINS[0])
 
 
-def test_the_build_draws_from_the_training_split_without_repeats(tmp_path):
-    sequences = ["MAAA", "MCCC", "MDDD", "MAAA", "MEEE", "MEEE"]
-    rows = "".join(f"P{i},{sequence},0\n" for i, sequence in enumerate(sequences))
-    write(tmp_path / "scl2205.csv", f"entry,seq,scl\n{rows}")
-    splits = {"trn": [5, 1, 4, 3], "vld": [0], "tst": [2]}
-    write(tmp_path / "splits.json", json.dumps(splits))
-    write(tmp_path / "labels.json", json.dumps({"index_to_label": {"0": "Cytoplasm"}}))
-    assert build_protein_sample.draw(tmp_path) == {"P1": ("MCCC", "CYT"), "P4": ("MEEE", "CYT")}
+def test_the_build_draws_without_repeats():
+    sequences = ["MEEE", "MCCC", "MEEE", "MAAA"]
+    train = [Example(f"P{9 - i}", sequence, "CYT") for i, sequence in enumerate(sequences)]
+    drawn = build_protein_sample.draw(train)
+    assert drawn == {"P7": ("MEEE", "CYT"), "P8": ("MCCC", "CYT"), "P6": ("MAAA", "CYT")}
 
 
 def test_the_build_finds_near_relatives_of_heldout_proteins():

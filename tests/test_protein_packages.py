@@ -1,16 +1,13 @@
 import gzip
-import hashlib
 import os
-import shutil
 import struct
-import subprocess
 
 import pytest
 
 from training.data import protein_packages
 from training.data.blast_database import read_blast_database
 from training.data.fasta import Protein
-from training.data.registry import cache_folder, fetch_debian_package, package_files
+from training.data.registry import cache_folder
 
 ALPHABET = "-ABCDEFGHIKLMNPQRSTVWXYZU*OJ"
 PROTEINS = [
@@ -20,7 +17,6 @@ PROTEINS = [
 ]
 
 needs_posix = pytest.mark.skipif(os.name != "posix", reason="the stand-in is a shell script")
-needs_dpkg = pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="no dpkg-deb here")
 
 
 def write_blast_database(proteins):
@@ -87,54 +83,8 @@ def test_what_is_no_blast_database_is_refused(damage):
 
 
 @needs_posix
-def test_a_package_is_fetched_once_and_checked(cache, tmp_path, monkeypatch):
-    calls = tmp_path / "calls"
-    stand_in(tmp_path / "bin", "apt-get", f'echo "$@" >> {calls}; printf data > x_1_all.deb')
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
-    digest = hashlib.sha256(b"data").hexdigest()
-    for _ in range(2):
-        assert fetch_debian_package("x", "1", digest).read_bytes() == b"data"
-    assert calls.read_text(encoding="utf-8").splitlines() == ["download -q x=1"]
-    (cache / "x_1.deb").write_bytes(b"dat0")
-    with pytest.raises(ValueError, match="delete it and fetch it again"):
-        fetch_debian_package("x", "1", digest)
-
-
-@needs_posix
-def test_another_file_than_expected_does_not_enter_the_cache(cache, tmp_path, monkeypatch):
-    stand_in(tmp_path / "bin", "apt-get", "printf other > x_1_all.deb")
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
-    with pytest.raises(ValueError, match="not the package that was expected"):
-        fetch_debian_package("x", "1", hashlib.sha256(b"data").hexdigest())
-    assert list(cache.iterdir()) == []
-
-
-@needs_posix
-def test_a_failing_or_missing_registry_is_told(cache, tmp_path, monkeypatch):
-    stand_in(tmp_path / "bin", "apt-get", "echo no such package >&2; exit 100")
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
-    with pytest.raises(OSError, match=r"no such package.*apt-get update.*save it as"):
-        fetch_debian_package("x", "1", "0" * 64)
-    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
-    with pytest.raises(OSError, match=r"no apt-get here.*save it as"):
-        fetch_debian_package("x", "1", "0" * 64)
-
-
-@needs_dpkg
-def test_files_of_a_package_come_with_their_paths(tmp_path):
-    root = tmp_path / "package"
-    (root / "DEBIAN").mkdir(parents=True)
-    (root / "usr" / "share").mkdir(parents=True)
-    control = "Package: x\nVersion: 1\nArchitecture: all\nMaintainer: a <a@b.c>\nDescription: x\n"
-    (root / "DEBIAN" / "control").write_text(control, encoding="utf-8")
-    (root / "usr" / "share" / "data").write_bytes(b"content")
-    subprocess.run(["dpkg-deb", "--build", str(root), str(tmp_path / "x.deb")], check=True)
-    assert dict(package_files(tmp_path / "x.deb")) == {"usr/share/data": b"content"}
-
-
-@needs_posix
 def test_metastudent_is_prepared_once(cache, tmp_path, monkeypatch):
-    """The stand-in for mmseqs takes every sequence as its own cluster."""
+    """The stand-in for mmseqs puts P1 into the cluster of P0."""
     parts = {
         "MFO": [PROTEINS[0], Protein("P0|GO:4", "", PROTEINS[1].sequence)],
         "BPO": [PROTEINS[1]],
@@ -146,18 +96,15 @@ def test_metastudent_is_prepared_once(cache, tmp_path, monkeypatch):
         for ending, content in files_of(proteins)
     ]
     fetched = []
-    monkeypatch.setattr(protein_packages, "package_files", lambda package: iter(files))
+    monkeypatch.setattr(protein_packages, "package_files", lambda package, *patterns: iter(files))
     monkeypatch.setattr(protein_packages, "fetch_debian_package", lambda *a: fetched.append(a))
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     with pytest.raises(OSError, match="Install the package mmseqs2"):
         protein_packages.load_metastudent()
     assert fetched == []
-    stand_in(tmp_path / "bin", "mmseqs", "/bin/cat all.fasta > clusters_rep_seq.fasta")
-    expected = [
-        Protein("P0", "", PROTEINS[1].sequence),
-        Protein("P1", "", PROTEINS[0].sequence),
-        Protein("P3", "", "W"),
-    ]
+    table = r"P3\tP3\nP0\tP0\nP0\tP1\n"
+    stand_in(tmp_path / "bin", "mmseqs", f"printf '{table}' > clusters_cluster.tsv")
+    expected = [Protein("P0", "", PROTEINS[1].sequence), Protein("P3", "", "W")]
     for _ in range(2):
         assert protein_packages.load_metastudent() == expected
     assert len(fetched) == 1
@@ -171,7 +118,7 @@ def test_failing_clustering_leaves_nothing_behind(cache, tmp_path, monkeypatch):
         for folder in ("MFO", "BPO", "CCO")
         for ending, content in files_of(PROTEINS)
     ]
-    monkeypatch.setattr(protein_packages, "package_files", lambda package: iter(files))
+    monkeypatch.setattr(protein_packages, "package_files", lambda package, *patterns: iter(files))
     monkeypatch.setattr(protein_packages, "fetch_debian_package", lambda *a: None)
     stand_in(tmp_path / "bin", "mmseqs", "echo out of memory >&2; exit 1")
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
@@ -184,7 +131,7 @@ def test_the_examples_are_taken_from_their_package(cache, monkeypatch):
     text = gzip.compress(b">P1 first\nMKTAYI\n")
     folder = "usr/share/doc/mmseqs2/example-data"
     files = [("usr/share/doc/other", b""), (f"{folder}/DB.fasta.gz", text)]
-    monkeypatch.setattr(protein_packages, "package_files", lambda package: iter(files))
+    monkeypatch.setattr(protein_packages, "package_files", lambda package, *patterns: iter(files))
     monkeypatch.setattr(protein_packages, "fetch_debian_package", lambda *a: None)
     for _ in range(2):
         assert protein_packages.load_mmseqs2_examples() == [Protein("P1", "first", "MKTAYI")]

@@ -1,13 +1,11 @@
 """Large protein sets that Debian packages carry: fetched, checked, prepared and cached."""
 
 import gzip
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 from training.data.blast_database import read_blast_database
+from training.data.clusters import cluster_proteins, require_mmseqs
 from training.data.fasta import Protein, read_fasta
 from training.data.registry import cache_folder, fetch_debian_package, package_files
 
@@ -31,7 +29,8 @@ def load_metastudent() -> list[Protein]:
     two proteins of the result share less than that: a random split of them holds out new families.
     The first call fetches 225 MB and takes some minutes; later ones read the cache.
 
-    **Returns** The proteins, named by their accession and without a description.
+    **Returns** The proteins in order of their accessions, which are their names; descriptions are
+    empty.
 
     **Raises** OSError or ValueError, with what to do, if the package cannot be had or mmseqs is
     missing.
@@ -43,12 +42,12 @@ def load_metastudent() -> list[Protein]:
     """
     path = cache_folder() / f"metastudent_{METASTUDENT[1]}_{IDENTITY_PERCENT}.fasta.gz"
     if not path.is_file():
-        if shutil.which("mmseqs") is None:
-            raise OSError(
-                "Clustering the proteins of metastudent-data needs mmseqs. Install the package "
-                "mmseqs2 (Debian, Homebrew and Bioconda have it)."
-            )
-        _cluster(_distinct_metastudent(fetch_debian_package(*METASTUDENT)), path)
+        require_mmseqs()
+        distinct = list(_distinct_metastudent(fetch_debian_package(*METASTUDENT)))
+        proteins = {protein.name: protein for protein in distinct}
+        # In an order of our own: that of mmseqs may change with its version and threads.
+        representatives = sorted(set(cluster_proteins(distinct, IDENTITY_PERCENT).values()))
+        _write_fasta((proteins[name] for name in representatives), path)
     return read_fasta(path)
 
 
@@ -66,7 +65,7 @@ def load_mmseqs2_examples() -> list[Protein]:
     """
     path = cache_folder() / f"mmseqs2_examples_{MMSEQS2_EXAMPLES[1]}.fasta.gz"
     if not path.is_file():
-        files = dict(package_files(fetch_debian_package(*MMSEQS2_EXAMPLES)))
+        files = dict(package_files(fetch_debian_package(*MMSEQS2_EXAMPLES), "*/DB.fasta.gz"))
         unfinished = path.with_name(path.name + ".part")
         unfinished.write_bytes(files["usr/share/doc/mmseqs2/example-data/DB.fasta.gz"])
         unfinished.replace(path)
@@ -75,7 +74,10 @@ def load_mmseqs2_examples() -> list[Protein]:
 
 def _distinct_metastudent(package: Path) -> Iterable[Protein]:
     """Walk over the distinct sequences of the three databases, in order of accession."""
-    files = {Path(name).parts[-2:]: content for name, content in package_files(package)}
+    files = {
+        Path(name).parts[-2:]: content
+        for name, content in package_files(package, "*/goasp.fasta.p*")
+    }
     distinct: dict[str, str] = {}
     for folder in ("MFO", "BPO", "CCO"):
         parts = [files[folder, f"goasp.fasta.{ending}"] for ending in ("pin", "phr", "psq")]
@@ -88,21 +90,8 @@ def _distinct_metastudent(package: Path) -> Iterable[Protein]:
         yield Protein(accession, "", sequence)
 
 
-def _cluster(proteins: Iterable[Protein], path: Path) -> None:
-    """Write the representatives of linclust's clusters as a compressed FASTA file."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        scratch = Path(folder)
-        with (scratch / "all.fasta").open("w", encoding="ascii") as file:
-            file.writelines(f">{p.name}\n{p.sequence}\n" for p in proteins)
-        options = ["--min-seq-id", str(IDENTITY_PERCENT / 100), "-c", "0.8", "--cov-mode", "1"]
-        command = ["mmseqs", "easy-linclust", "all.fasta", "clusters", "scratch", *options]
-        result = subprocess.run(command, cwd=scratch, capture_output=True, text=True)
-        if result.returncode:
-            raise OSError(f"`{' '.join(command)}` failed: {(result.stdout + result.stderr)[-500:]}")
-        unfinished = path.with_name(path.name + ".part")
-        with (
-            (scratch / "clusters_rep_seq.fasta").open("rb") as text,
-            gzip.open(unfinished, "wb") as file,
-        ):
-            shutil.copyfileobj(text, file)
-        unfinished.replace(path)
+def _write_fasta(proteins: Iterable[Protein], path: Path) -> None:
+    unfinished = path.with_name(path.name + ".part")
+    with gzip.open(unfinished, "wt", encoding="ascii") as file:
+        file.writelines(f">{p.name}\n{p.sequence}\n" for p in proteins)
+    unfinished.replace(path)

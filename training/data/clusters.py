@@ -1,0 +1,84 @@
+"""Clusters of related proteins: made with mmseqs2, or read from its two-column table."""
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from training.data.fasta import Protein
+
+
+def require_mmseqs() -> None:
+    """Raise an OSError that says what to install if mmseqs is missing."""
+    if shutil.which("mmseqs") is None:
+        raise OSError(
+            "Clustering proteins needs mmseqs. Install the package mmseqs2 (Debian, Homebrew and "
+            "Bioconda have it)."
+        )
+
+
+def cluster_proteins(
+    proteins: Iterable[Protein], identity_percent: int, *, thorough: bool = False
+) -> dict[str, str]:
+    """Cluster proteins by identity over 80 % of the shorter sequence.
+
+    **Args**
+        proteins: With distinct names.
+        identity_percent: Identity at which a protein joins a cluster.
+        thorough: Compare all with all (`easy-cluster`), which identities below 50 % need.
+            Otherwise in linear time (`easy-linclust`).
+
+    **Returns** The name of its cluster's representative for the name of each protein.
+
+    **Raises** OSError, with what to do, if mmseqs is missing or fails.
+
+    **Example**
+
+    >>> cluster_proteins(proteins, 30, thorough=True)["P12345"]  # doctest: +SKIP
+    'P00001'
+    """
+    require_mmseqs()
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        with (scratch / "all.fasta").open("w", encoding="ascii") as file:
+            file.writelines(f">{p.name}\n{p.sequence}\n" for p in proteins)
+        options = ["--min-seq-id", str(identity_percent / 100), "-c", "0.8", "--cov-mode", "1"]
+        workflow = "easy-cluster" if thorough else "easy-linclust"
+        command = ["mmseqs", workflow, "all.fasta", "clusters", "scratch", *options]
+        result = subprocess.run(command, cwd=scratch, capture_output=True, text=True)
+        if result.returncode:
+            raise OSError(f"`{' '.join(command)}` failed: {(result.stdout + result.stderr)[-500:]}")
+        return read_clusters(scratch / "clusters_cluster.tsv")
+
+
+def read_clusters(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Read a table of clusters: representative and member, with a tab between, as mmseqs writes it.
+
+    **Returns** The representative of each member, in the order of the table.
+
+    **Raises** FileNotFoundError if there is no such file. ValueError, with file and line, for a
+    line without two columns and a member of two clusters.
+
+    **Example**
+
+    >>> read_clusters("clusters_cluster.tsv")["P12345"]  # doctest: +SKIP
+    'P00001'
+    """
+    representatives: dict[str, str] = {}
+    with Path(path).open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            columns = line.rstrip("\r\n").split("\t")
+            if len(columns) != 2:
+                raise ValueError(
+                    f"{path}, line {number}: a representative, a tab and a member were expected, "
+                    f"as in mmseqs' `*_cluster.tsv`. Received: {line[:60]!r}"
+                )
+            representative, member = columns
+            if representatives.setdefault(member, representative) != representative:
+                raise ValueError(
+                    f"{path}, line {number}: {member!r} is in the clusters of both "
+                    f"{representatives[member]!r} and {representative!r}. Keep one of the lines."
+                )
+    return representatives

@@ -1,0 +1,76 @@
+"""Where a protein works in the cell: 13 classes, with the splits that the data set's authors give.
+
+Data set SCL2205 (Ouso and Pollastri 2026, CC0; sequences from UniProt, CC BY 4.0), as the source
+distribution of the PyPI package p-scldata holds it.
+"""
+
+import csv
+import io
+import json
+from pathlib import Path, PurePosixPath
+
+from training.data.examples import Example, Splits
+from training.data.fasta import Protein
+from training.data.protein_sample import LOCALISATIONS
+from training.data.registry import fetch_python_package, package_files
+
+PACKAGE = (
+    "p-scldata",
+    "2026.2.0",
+    "2e7c8a3991b9aea334ac583c36e6610f8a41324d9a5ecc5a10415b9591d743e4",
+)
+_GIVEN_SPLITS = {"train": "trn", "validation": "vld", "test": "tst"}
+
+
+def load_localisation() -> Splits:
+    """Read the proteins with their class, one of the keys of `LOCALISATIONS`.
+
+    Validation and test are as given, 1,260 and 2,631 proteins; two sequences are in both. Left out
+    of training are the 25 proteins whose sequence is in one of them, which leaves 15,158.
+
+    **Returns** The splits. Names are UniProt accessions.
+
+    **Raises** OSError or ValueError, with what to do, if the package cannot be had.
+
+    **Example**
+
+    >>> load_localisation()["test"][0].label  # doctest: +SKIP
+    'NUC'
+    """
+    return read_package(fetch_python_package(*PACKAGE, source=True))
+
+
+def localisation_heldout() -> list[Protein]:
+    """Return the proteins of validation and test, for pretraining to leave out.
+
+    Leave out what has one of their names *or* sequences: accessions change, and one sequence may
+    have several.
+
+    **Raises** As `load_localisation`.
+
+    **Example**
+
+    >>> names = {protein.name for protein in localisation_heldout()}  # doctest: +SKIP
+    """
+    splits = load_localisation()
+    heldout = splits["validation"] + splits["test"]
+    return [Protein(example.name, "", example.text) for example in heldout]
+
+
+def read_package(package: Path) -> Splits:
+    """Return the splits that the source distribution holds; see `load_localisation`."""
+    files = {
+        PurePosixPath(name).name: content.decode("utf-8")
+        for name, content in package_files(package, "*/scldata/data/*")
+    }
+    codes = {name: code for code, name in LOCALISATIONS.items()}
+    names = json.loads(files["labels.json"])["index_to_label"]
+    rows = [
+        Example(row["entry"], row["seq"], codes[names[row["scl"]]])
+        for row in csv.DictReader(io.StringIO(files["scl2205.csv"]))
+    ]
+    places = json.loads(files["splits.json"])
+    splits = {name: [rows[i] for i in places[given]] for name, given in _GIVEN_SPLITS.items()}
+    heldout = {example.text for name in ("validation", "test") for example in splits[name]}
+    splits["train"] = [example for example in splits["train"] if example.text not in heldout]
+    return splits
