@@ -2,6 +2,10 @@ import importlib.util
 import io
 import json
 import re
+import subprocess
+import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -16,18 +20,19 @@ from keras_performer.models import (
 )
 from training import protein_masked_lm
 from training.config import load_config
-from training.data import masked_batches
-from training.data.masked_batches import MaskedBatches, mask_proteins
+from training.data.batches import Batches
+from training.data.masked_batches import mask_proteins
 from training.protein_masked_lm import (
     DEFAULT_CONFIG,
     Config,
     build_model,
     compare,
-    fit,
     main,
     prepare_output,
     read_proteins,
+    sequences_sha256,
     tokenize,
+    train,
     unigram_log_probabilities,
 )
 
@@ -111,50 +116,94 @@ def eager(monkeypatch):
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(fasta, tmp_path, monkeypatch, eager):
-    steps = {**SMALL, "training.steps": 4, "training.steps_per_epoch": 2}
-    steps |= {"training.warmup_steps": 1, "training.batch_size": 4}
-    overrides = [f"{key}={value}" for key, value in steps.items()]
+    # Dropout, lengths by bucket, accumulated gradients and new features: all of it comes back.
+    changes = {
+        **SMALL,
+        "data.length_multiple": 16,
+        "data.bucket_batches": 3,
+        "model.dropout": 0.2,
+        "model.exact_window": 4,
+        "training.steps": 8,
+        "training.steps_per_epoch": 4,
+        "training.warmup_steps": 1,
+        "training.batch_size": 4,
+        "training.accumulate": 2,
+        "training.redraw_features_every": 3,
+    }
+    overrides = [f"{key}={value}" for key, value in changes.items()]
     config = load_config(Config, DEFAULT_CONFIG, overrides)
-    train, heldout, _ = read_proteins(fasta, config)
+    proteins, heldout, _ = read_proteins(fasta, config)
+    digest = sequences_sha256(proteins, heldout)
 
     def train_model(output):
         model, preprocessor = build_model(config, None)
-        ids = [tokenize(proteins, preprocessor.tokenizer) for proteins in (train, heldout)]
+        ids = [tokenize(part, preprocessor.tokenizer) for part in (proteins, heldout)]
         batch = mask_proteins(ids[1], preprocessor, np.random.default_rng(0))
         console = Console(file=io.StringIO())
-        return fit(model, preprocessor, config, ids[0], batch, output, console).get_weights()
+        _, record = train(model, preprocessor, config, ids[0], batch, output, console)
+        return model.get_weights(), record["history"]
 
     walk = []
-    get = MaskedBatches.__getitem__
+    get = Batches.__getitem__
 
     def get_or_die(self, index):
         walk.append((self.epoch, index))
-        if die and self.epoch == 1:
+        if die and (self.epoch, index) == (1, 2):
             raise RuntimeError("killed")
         return get(self, index)
 
-    monkeypatch.setattr(MaskedBatches, "__getitem__", get_or_die)
+    monkeypatch.setattr(Batches, "__getitem__", get_or_die)
     die = True
-    output = prepare_output(tmp_path / "run", config, [train, heldout])
+    output = prepare_output(tmp_path / "run", config, digest)
     with pytest.raises(Exception, match="killed"):
         train_model(output)
     other = load_config(Config, DEFAULT_CONFIG, [*overrides, "training.learning_rate=1e-3"])
-    with pytest.raises(ValueError, match="unfinished run with another config or other proteins"):
-        prepare_output(output, other, [train, heldout])
-    with pytest.raises(ValueError, match="unfinished run with another config or other proteins"):
-        prepare_output(output, config, [heldout, train])
+    with pytest.raises(ValueError, match="unfinished run with another config or other data"):
+        prepare_output(output, other, digest)
+    with pytest.raises(ValueError, match="unfinished run with another config or other data"):
+        prepare_output(output, config, sequences_sha256(heldout, proteins))
 
     die = False
-    assert prepare_output(output, config, [train, heldout]) == output
+    assert prepare_output(output, config, digest) == output
     walk.clear()
-    resumed = train_model(output)
+    resumed, resumed_history = train_model(output)
     # The first epoch is only looked at for the shapes of its batches.
-    assert [step for step in walk if step[0] > 0] == [(1, 0), (1, 1)]
-    whole = train_model(prepare_output(tmp_path / "whole", config, [train, heldout]))
+    assert [step for step in walk if step[0] > 0] == [(1, index) for index in range(4)]
+    whole, history = train_model(prepare_output(tmp_path / "whole", config, digest))
     untrained = build_model(config, None)[0].get_weights()
     assert max(np.abs(a - b).max() for a, b in zip(whole, untrained, strict=True)) > 1e-3
     for a, b in zip(resumed, whole, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+    assert [row["epoch"] for row in resumed_history] == [0, 1]
+    for a, b in zip(resumed_history, history, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert a["val_loss"] == pytest.approx(b["val_loss"], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_in_an_epoch_goes_on(fasta, tmp_path):
+    changes = {**SMALL, "training.steps": 400, "model.dropout": 0.2}
+    options = [f"--set={key}={value}" for key, value in changes.items()]
+    command = [sys.executable, "-m", "training.protein_masked_lm", f"--fasta={fasta}", *options]
+
+    def start(name):
+        root = Path(protein_masked_lm.__file__).parent.parent
+        return subprocess.Popen([*command, f"--output={tmp_path / name}"], cwd=root)
+
+    killed = start("killed")
+    history = tmp_path / "killed" / "history.jsonl"
+    while killed.poll() is None and not (history.is_file() and history.read_text().count("\n") > 2):
+        time.sleep(0.05)
+    killed.kill()
+    assert killed.wait() != 0
+    assert (tmp_path / "killed" / "backup").is_dir()
+    curves = []
+    for name in ("killed", "whole"):
+        assert start(name).wait() == 0
+        metrics = json.loads((tmp_path / name / "metrics.json").read_text(encoding="utf-8"))
+        curves.append([row["val_loss"] for row in metrics["training"]["history"]])
+    assert len(curves[0]) == 20
+    np.testing.assert_allclose(curves[0], curves[1], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +226,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(fasta, tmp_path, monkey
 def test_bad_input_ends_with_one_sentence_before_any_training(
     tmp_path, monkeypatch, content, options, message
 ):
-    monkeypatch.setattr(protein_masked_lm, "fit", lambda *_: pytest.fail("training started"))
+    monkeypatch.setattr(protein_masked_lm, "train", lambda *_: pytest.fail("training started"))
     if content is not None:
         (tmp_path / "p.fasta").write_text(content, encoding="utf-8")
         options = [f"--fasta={tmp_path / 'p.fasta'}", *options]
@@ -187,7 +236,7 @@ def test_bad_input_ends_with_one_sentence_before_any_training(
 
 
 def test_an_output_that_cannot_be_written_and_a_late_backend(tmp_path, monkeypatch):
-    monkeypatch.setattr(protein_masked_lm, "fit", lambda *_: pytest.fail("training started"))
+    monkeypatch.setattr(protein_masked_lm, "train", lambda *_: pytest.fail("training started"))
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(SystemExit, match="output folder cannot be written"):
         main([f"--output={tmp_path / 'file' / 'run'}"])
@@ -246,22 +295,18 @@ def test_training_masks_replace_some_keep_some_and_use_no_special_token():
     assert abs(share - expected) < 5 * (expected * (1 - expected) / tokens.size) ** 0.5
 
 
-def test_a_pass_takes_every_protein_once_in_an_order_of_its_own(monkeypatch):
-    monkeypatch.setattr(masked_batches, "mask_proteins", lambda proteins, *_: proteins)
-    proteins: Any = list(range(7))
-    anything: Any = None
-    batches = MaskedBatches(proteins, anything, batch_size=3, steps_per_epoch=4, seed=11)
-    assert len(batches) == 4
-    walk = []
-    for epoch in range(4):
-        batches.epoch = epoch
-        walk += [protein for index in range(4) for protein in batches[index]]
-    passes = [tuple(walk[i : i + 7]) for i in range(0, 42, 7)]
-    assert all(sorted(order) == list(range(7)) for order in passes)
-    assert len(set(passes)) > 3
-    again = MaskedBatches(proteins, anything, batch_size=3, steps_per_epoch=4, seed=11)
-    again.epoch = 2
-    assert again[1] == walk[27:30]
+def test_a_batch_can_end_with_its_longest_protein():
+    tokenizer = ProteinTokenizer()
+    preprocessor = PerformerMaskedLMPreprocessor(
+        tokenizer, sequence_length=100, mask_selection_rate=0.2
+    )
+    for longest, expected in ((13, 16), (14, 16), (15, 32), (90, 96), (95, 100), (500, 100)):
+        proteins = [np.asarray(tokenizer.tokenize("W" * n), "int32") for n in (3, longest)]
+        rng = np.random.default_rng(0)
+        x, y, weights = mask_proteins(proteins, preprocessor, rng, length_multiple=16)
+        assert x["token_ids"].shape == x["padding_mask"].shape == (2, expected)
+        assert y.shape == weights.shape == (2, round(0.2 * (expected - 2)))
+        assert weights[1].sum() == round(0.2 * min(longest, expected - 2))
 
 
 class FixedModel:

@@ -7,14 +7,11 @@ it. Figures are in nats.
 
 import argparse
 import dataclasses
-import hashlib
 import importlib.util
-import json
-import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +19,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from training.command import make_parser, prepare_output, start_keras, write_json
 from training.config import load_config
-from training.data.fasta import Protein, read_fasta
-from training.data.protein_packages import load_metastudent, load_mmseqs2_examples
-from training.data.protein_sample import load_protein_sample
+from training.data.fasta import Protein
+from training.data.protein_sources import SOURCES, load_proteins, texts_sha256
+from training.results import RELOAD_TOLERANCE, difference, run_facts
+from training.sections import ModelConfig, TrainingConfig, require
 
 if TYPE_CHECKING:
     import keras
@@ -35,15 +34,8 @@ if TYPE_CHECKING:
 # Keras chooses its backend when it is imported, so nothing that imports it stands up here.
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "protein_masked_lm.toml"
-DEFAULT_OUTPUT = Path("runs") / "protein_masked_lm"
-# Beyond this, a reloaded or exported model is not the model that was trained.
-RELOAD_TOLERANCE = 1e-5
+# Beyond this, an exported model is not the model that was trained.
 EXPORT_TOLERANCE = 1e-3
-# What `data.source` may name beside "sample", which has a held-out part of its own.
-PACKAGES: dict[str, Callable[[], list[Protein]]] = {
-    "mmseqs2_examples": load_mmseqs2_examples,
-    "metastudent": load_metastudent,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,70 +48,33 @@ class DataConfig:
     mask_token_rate: float
     random_token_rate: float
     heldout_share: float
+    length_multiple: int = 0
+    bucket_batches: int = 1
 
     def __post_init__(self) -> None:
-        sources = ("sample", *PACKAGES)
-        _require(self.source in sources, "data.source", f"one of {', '.join(sources)}")
-        _require(self.sequence_length >= 16, "data.sequence_length", "at least 16")
-        _require(0 < self.mask_rate < 1, "data.mask_rate", "between 0 and 1")
-        _require(0 <= self.mask_token_rate <= 1, "data.mask_token_rate", "between 0 and 1")
-        _require(
+        require(self.source in SOURCES, "data.source", f"one of {', '.join(SOURCES)}")
+        require(self.sequence_length >= 16, "data.sequence_length", "at least 16")
+        require(0 < self.mask_rate < 1, "data.mask_rate", "between 0 and 1")
+        require(0 <= self.mask_token_rate <= 1, "data.mask_token_rate", "between 0 and 1")
+        require(
             0 <= self.random_token_rate <= 1 - self.mask_token_rate,
             "data.random_token_rate",
             "at least 0, and at most 1 with data.mask_token_rate",
         )
-        _require(0 < self.heldout_share < 1, "data.heldout_share", "between 0 and 1")
+        require(0 < self.heldout_share < 1, "data.heldout_share", "between 0 and 1")
+        require(self.length_multiple >= 0, "data.length_multiple", "at least 0 (full length)")
+        require(self.bucket_batches >= 1, "data.bucket_batches", "at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """Section `[model]`: arguments of `PerformerEncoderBackbone`, which checks them."""
+class MaskedLMTrainingConfig(TrainingConfig):
+    """Section `[training]`, and how much of the held-out proteins is scored after each epoch."""
 
-    num_layers: int
-    num_heads: int
-    hidden_dim: int
-    intermediate_dim: int
-    num_features: int
-    dropout: float
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainingConfig:
-    """Section `[training]`."""
-
-    steps: int
-    steps_per_epoch: int
-    batch_size: int
-    learning_rate: float
-    warmup_steps: int
-    beta_2: float
-    weight_decay: float
-    clip_norm: float
-    validation_proteins: int
-    precision: str
+    validation_proteins: int = 128
 
     def __post_init__(self) -> None:
-        for name in ("steps", "steps_per_epoch", "batch_size", "validation_proteins"):
-            _require(getattr(self, name) >= 1, f"training.{name}", "at least 1")
-        _require(
-            self.steps % self.steps_per_epoch == 0,
-            "training.steps",
-            f"a multiple of training.steps_per_epoch ({self.steps_per_epoch})",
-        )
-        _require(
-            0 <= self.warmup_steps < self.steps,
-            "training.warmup_steps",
-            f"at least 0 and below training.steps ({self.steps})",
-        )
-        for name in ("learning_rate", "clip_norm"):
-            _require(getattr(self, name) > 0, f"training.{name}", "above 0")
-        _require(0 < self.beta_2 < 1, "training.beta_2", "between 0 and 1")
-        _require(self.weight_decay >= 0, "training.weight_decay", "at least 0")
-        _require(
-            self.precision in ("float32", "mixed_bfloat16"),
-            "training.precision",
-            "'float32' or 'mixed_bfloat16'",
-        )
+        super().__post_init__()
+        require(self.validation_proteins >= 1, "training.validation_proteins", "at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,15 +84,10 @@ class Config:
     seed: int
     data: DataConfig
     model: ModelConfig
-    training: TrainingConfig
+    training: MaskedLMTrainingConfig
 
     def __post_init__(self) -> None:
-        _require(0 <= self.seed < 2**32, "seed", "at least 0 and below 2**32")
-
-
-def _require(condition: bool, key: str, what: str) -> None:
-    if not condition:
-        raise ValueError(f"{key!r} must be {what}.")
+        require(0 <= self.seed < 2**32, "seed", "at least 0 and below 2**32")
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -157,27 +107,27 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     # 1. Everything that can be wrong is found before anything is compiled.
     try:
         config = load_config(Config, arguments.config, arguments.set)
-        train, heldout, source = read_proteins(arguments.fasta, config)
-        output = prepare_output(arguments.output, config, [train, heldout])
+        proteins, heldout, source = read_proteins(arguments.fasta, config)
+        output = prepare_output(arguments.output, config, sequences_sha256(proteins, heldout))
         model, preprocessor = build_model(config, arguments.backend)
     except (ImportError, OSError, TypeError, ValueError) as error:
         sys.exit(f"error: {error}")
-    console.print(describe(config, source, train, heldout, model, output))
+    console.print(describe(config, source, proteins, heldout, model, output))
 
     # 2. Residues become token ids once; the held-out proteins get one fixed set of masks.
     from training.data.masked_batches import mask_proteins
 
-    train_ids = tokenize(train, preprocessor.tokenizer)
+    train_ids = tokenize(proteins, preprocessor.tokenizer)
     heldout_ids = tokenize(heldout, preprocessor.tokenizer)
     heldout_batch = mask_proteins(
         heldout_ids, preprocessor, np.random.default_rng(config.seed), always_mask=True
     )
 
     # 3. Train. A run that was killed goes on where its last epoch ended.
-    trainer = fit(model, preprocessor, config, train_ids, heldout_batch, output, console)
+    trainer, record = train(model, preprocessor, config, train_ids, heldout_batch, output, console)
 
     # 4. Compare with the frequencies of the residues, at the same masked places.
-    metrics: dict[str, Any] = {"parameters": model.count_params()}
+    metrics: dict[str, Any] = {"parameters": model.count_params(), "training": record}
     baseline = unigram_log_probabilities(train_ids, preprocessor.tokenizer)
     metrics["heldout"] = compare(trainer, baseline, heldout_batch, config.training.batch_size)
     console.print(comparison_table(metrics["heldout"]))
@@ -202,7 +152,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         logits = predict(reloaded, x)
     metrics["export_max_abs_difference"] = export_all(reloaded, output, x, logits, console)
 
-    metrics.update(run_facts(config, source, train, heldout, time.perf_counter() - started))
+    counts = {"train_proteins": len(proteins), "heldout_proteins": len(heldout)}
+    metrics.update(run_facts(config, source, time.perf_counter() - started, **counts))
     write_json(output / "metrics.json", metrics)
     shutil.rmtree(output / "backup", ignore_errors=True)
     console.print(f"Finished in {metrics['seconds']:.0f} s. Figures: {output / 'metrics.json'}")
@@ -211,114 +162,36 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the parsed command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training.protein_masked_lm",
-        description="Train a protein masked language model.",
+    parser = make_parser(
+        "protein_masked_lm", "Train a protein masked language model.", DEFAULT_CONFIG
     )
-    parser.add_argument(
-        "--config", type=Path, default=DEFAULT_CONFIG, help="TOML file of the experiment"
-    )
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE",
-        help="replace one key of the config, such as training.steps=1000; repeatable",
-    )  # fmt: skip
     parser.add_argument(
         "--fasta", type=Path, help="your own proteins, plain or gzip, in place of data.source"
-    )
-    parser.add_argument("--backend", choices=("tensorflow", "jax", "torch"), help="Keras backend")
-    parser.add_argument(
-        "--output", type=Path, default=DEFAULT_OUTPUT, help=f"folder (default: {DEFAULT_OUTPUT})"
     )
     return parser.parse_args(argv)
 
 
 def read_proteins(fasta: Path | None, config: Config) -> tuple[list[Protein], list[Protein], str]:
-    """Return the training proteins, the held-out proteins, and a phrase that names the source.
-
-    The sample comes divided. Elsewhere identical sequences count once, and the hash of a sequence
-    decides its part.
-    """
-    if fasta is None and config.data.source == "sample":
-        train, heldout = load_protein_sample()
-        source = "the shipped sample"
-    else:
-        source = config.data.source if fasta is None else str(fasta)
-        records = PACKAGES[source]() if fasta is None else read_fasta(fasta)
-        first: dict[str, Protein] = {}
-        for record in records:
-            first.setdefault(record.sequence, record)
-        distinct = list(first.values())
-        if all(set("ACGTUN").issuperset(sequence) for sequence in first):
-            raise ValueError(
-                f"{source}: all sequences are made of A, C, G, T, U and N, so they look like DNA "
-                "or RNA. Pass protein sequences."
-            )
-        for protein in distinct:
-            if set(protein.sequence) == {"J"}:  # Not in the vocabulary: nothing to predict.
-                raise ValueError(f"{source}: {protein.name!r} is made of J only. Remove it.")
-        bar = config.data.heldout_share * 2**64
-        train = [protein for protein in distinct if sequence_hash(protein) >= bar]
-        heldout = [protein for protein in distinct if sequence_hash(protein) < bar]
-        source = f"{source} ({len(records):,} records, {len(distinct):,} distinct)"
-    if len(heldout) < 2:
+    """Return the training proteins, the held-out ones, and a phrase that names the source."""
+    proteins, heldout, source = load_proteins(config.data.source, config.data.heldout_share, fasta)
+    if len(proteins) < config.training.batch_size:
         raise ValueError(
-            f"{source}: {len(heldout)} protein(s) would be held out, and 2 or more are needed. "
-            "Raise data.heldout_share, or pass more proteins."
-        )
-    if len(train) < config.training.batch_size:
-        raise ValueError(
-            f"{source}: {len(train)} protein(s) are left to train on, fewer than one batch of "
+            f"{source}: {len(proteins)} protein(s) are left to train on, fewer than one batch of "
             f"{config.training.batch_size}. Lower training.batch_size, or pass more proteins."
         )
-    return train, heldout, source
+    return proteins, heldout, source
 
 
-def sequence_hash(protein: Protein) -> int:
-    """Return a number below 2**64 that depends on the sequence only."""
-    return int.from_bytes(hashlib.sha256(protein.sequence.encode()).digest()[:8], "big")
-
-
-def prepare_output(output: Path, config: Config, proteins: list[list[Protein]]) -> Path:
-    """Make the folder, check that it can be written, and that it holds no other unfinished run."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        probe = output / ".writable"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"The output folder cannot be written: {error}. Pass --output.") from error
-    digest = hashlib.sha256()
-    for protein in (protein for part in proteins for protein in (*part, None)):
-        digest.update(b"\n" if protein is None else protein.sequence.encode() + b"\n")
-    run = {"config": dataclasses.asdict(config), "sequences_sha256": digest.hexdigest()}
-    record = output / "run.json"
-    if (output / "backup").is_dir() and json.loads(record.read_text(encoding="utf-8")) != run:
-        raise ValueError(
-            f"{output} holds an unfinished run with another config or other proteins ({record}). "
-            "Repeat its command to finish it, pass another --output, or delete "
-            f"{output / 'backup'}."
-        )
-    write_json(record, run)
-    (output / "metrics.json").unlink(missing_ok=True)
-    return output
+def sequences_sha256(*parts: Sequence[Protein]) -> str:
+    """Return a digest of the sequences in each part, in order."""
+    return texts_sha256(*([protein.sequence for protein in part] for part in parts))
 
 
 def build_model(
     config: Config, backend: str | None
 ) -> "tuple[PerformerMaskedLM, PerformerMaskedLMPreprocessor]":
     """Choose the backend, seed it, and return the untrained model and its preprocessor."""
-    # TensorFlow's start-up messages; what goes wrong is still raised.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    if backend is not None:
-        os.environ["KERAS_BACKEND"] = backend
-    try:
-        import keras
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f"Keras cannot start its backend: {error}. Install it, or choose another one with "
-            "--backend."
-        ) from error
-
+    start_keras(backend, config.seed)
     from keras_performer.models import (
         PerformerEncoderBackbone,
         PerformerMaskedLM,
@@ -326,16 +199,10 @@ def build_model(
         ProteinTokenizer,
     )
 
-    if backend not in (None, keras.config.backend()):
-        raise ValueError(
-            f"Keras already runs on {keras.config.backend()} in this process, so --backend "
-            f"{backend} comes too late."
-        )
-    keras.utils.set_random_seed(config.seed)
     tokenizer = ProteinTokenizer()
     backbone = PerformerEncoderBackbone(
         vocabulary_size=tokenizer.vocabulary_size(),
-        **dataclasses.asdict(config.model),
+        **config.model.arguments(),
         seed=config.seed,
         dtype=config.training.precision,
     )
@@ -368,7 +235,7 @@ def describe(
         f"{len(heldout):,} held out",
         "input": f"{data.sequence_length} tokens, {data.mask_rate:.0%} of the residues masked",
         "model": f"{shape.num_layers} layers of width {shape.hidden_dim}, {shape.num_heads} heads "
-        f"with {shape.num_features} features, {model.count_params():,} parameters",
+        f"({shape.attention}, {shape.num_features} features), {model.count_params():,} parameters",
         "training": f"{training.steps:,} steps of {training.batch_size} proteins ({passes:.1f} "
         f"passes), AdamW, {training.precision}",
         "backend": f"keras {keras.version()} on {keras.config.backend()}",
@@ -385,7 +252,7 @@ def tokenize(proteins: Sequence[Protein], tokenizer: Any) -> list[np.ndarray]:
     return [np.asarray(tokenizer.tokenize(protein.sequence), "int32") for protein in proteins]
 
 
-def fit(
+def train(
     model: "PerformerMaskedLM",
     preprocessor: "PerformerMaskedLMPreprocessor",
     config: Config,
@@ -393,71 +260,50 @@ def fit(
     heldout_batch: Any,
     output: Path,
     console: Console,
-) -> "keras.Model":
+) -> "tuple[keras.Model, dict[str, Any]]":
     """Train the model, or go on with a run that was killed.
 
     **Returns** A plain Keras model of the same layers, which takes masked batches where the task
-    itself takes strings.
+    itself takes strings; and what `loop.fit` returns.
     """
     import keras
 
-    from training.data.masked_batches import MaskedBatches
+    from training.data.batches import Batches
+    from training.data.masked_batches import mask_proteins
+    from training.loop import fit
 
     training = config.training
-    schedule = keras.optimizers.schedules.CosineDecay(
-        initial_learning_rate=0.0 if training.warmup_steps else training.learning_rate,
-        decay_steps=training.steps - training.warmup_steps,
-        alpha=0.05,
-        warmup_target=training.learning_rate if training.warmup_steps else None,
-        warmup_steps=training.warmup_steps,
+
+    def make_batch(indices: np.ndarray, rng: np.random.Generator) -> Any:
+        proteins = [train_ids[index] for index in indices]
+        return mask_proteins(
+            proteins, preprocessor, rng, length_multiple=config.data.length_multiple
+        )
+
+    batches = Batches(
+        [min(len(protein) + 2, config.data.sequence_length) for protein in train_ids],
+        make_batch,
+        training.batch_size,
+        training.steps_per_epoch,
+        config.seed,
+        config.data.bucket_batches,
     )
-    optimizer = keras.optimizers.AdamW(
-        schedule,  # pyright: ignore[reportArgumentType]  Keras takes a schedule too.
-        beta_2=training.beta_2,
-        weight_decay=training.weight_decay,
-        global_clipnorm=training.clip_norm,
-    )
-    optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta", "scale"])
     trainer = keras.Model(model.input, model.output, name="trainer")
-    trainer.compile(
-        optimizer,
+    record = fit(
+        trainer,
+        batches,
+        slice_batch(heldout_batch, 0, training.validation_proteins),
+        training,
         # The mean over masked residues; the default would count the unused places too.
         loss=keras.losses.SparseCategoricalCrossentropy(
             from_logits=True, reduction="mean_with_sample_weight"
         ),
         weighted_metrics=[keras.metrics.SparseCategoricalAccuracy(name="accuracy")],
-    )
-    batches = MaskedBatches(
-        train_ids,
-        preprocessor,
-        batch_size=training.batch_size,
-        steps_per_epoch=training.steps_per_epoch,
         seed=config.seed,
+        output=output,
+        console=console,
     )
-    callbacks = [
-        # Kept until the whole job is done, so that a kill after training costs no training.
-        keras.callbacks.BackupAndRestore(
-            str(output / "backup"), double_checkpoint=True, delete_checkpoint=False
-        ),
-        keras.callbacks.LambdaCallback(
-            on_epoch_begin=lambda epoch, logs: setattr(batches, "epoch", epoch)
-        ),
-    ]
-    if importlib.util.find_spec("tensorflow") is None:
-        console.print("No TensorBoard log: Keras needs TensorFlow to write it.")
-    else:
-        log_dir = str(output / "tensorboard")
-        callbacks.append(keras.callbacks.TensorBoard(log_dir, write_graph=False))
-    trainer.fit(
-        batches,
-        shuffle=False,  # The walk is shuffled; Keras would shuffle its steps, and not repeatably.
-        epochs=training.steps // training.steps_per_epoch,
-        validation_data=slice_batch(heldout_batch, 0, training.validation_proteins),
-        validation_batch_size=training.batch_size,
-        callbacks=callbacks,
-        verbose=1 if console.is_terminal else 2,  # pyright: ignore[reportArgumentType]
-    )
-    return trainer
+    return trainer, record
 
 
 def slice_batch(batch: Any, start: int, stop: int) -> Any:
@@ -625,43 +471,6 @@ def run_litert(path: Path, x: dict[str, np.ndarray]) -> np.ndarray:
 
         Interpreter = tf.lite.Interpreter  # a lazy module: it cannot be imported from
     return Interpreter(model_path=str(path)).get_signature_runner("serve")(**x)["logits"]
-
-
-def difference(what: str, expected: np.ndarray, received: np.ndarray, tolerance: float) -> float:
-    """Return the largest absolute difference, or raise RuntimeError if it exceeds `tolerance`."""
-    largest = float(np.abs(expected - received).max())
-    if not largest <= tolerance:
-        raise RuntimeError(
-            f"The outputs of {what} differ from the trained model's by {largest:.2e}, more than "
-            f"{tolerance:.0e}."
-        )
-    return largest
-
-
-def run_facts(
-    config: Config,
-    source: str,
-    train: Sequence[Protein],
-    heldout: Sequence[Protein],
-    seconds: float,
-) -> dict[str, Any]:
-    """Return what identifies the run."""
-    import keras
-
-    return {
-        "seconds": seconds,
-        "backend": keras.config.backend(),
-        "keras": keras.version(),
-        "source": source,
-        "train_proteins": len(train),
-        "heldout_proteins": len(heldout),
-        "config": dataclasses.asdict(config),
-    }
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON."""
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

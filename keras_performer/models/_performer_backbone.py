@@ -197,10 +197,12 @@ class PerformerBackbone(keras_hub.models.Backbone):
         """Run the blocks of one stack, in a row or on two streams."""
         blocks = getattr(self, f"{stack}_layers")
         if self.reversible:
-            reversible = ReversibleStack(
-                blocks, dtype=blocks[0].dtype_policy, name=f"{stack}_reversible"
-            )
-            setattr(self, f"{stack}_reversible", reversible)
+            reversible = getattr(self, f"{stack}_reversible", None)
+            if reversible is None:
+                reversible = ReversibleStack(
+                    blocks, dtype=blocks[0].dtype_policy, name=f"{stack}_reversible"
+                )
+                setattr(self, f"{stack}_reversible", reversible)
             return reversible(inputs, *encoder_outputs, **masks)
         for block in blocks:
             inputs = block(inputs, *encoder_outputs, **masks)
@@ -234,15 +236,14 @@ class PerformerBackbone(keras_hub.models.Backbone):
             epsilon=options["layer_norm_epsilon"], dtype=options["dtype"], name=name
         )
 
-    def _embed(self, token_ids: Any, start: Any = None) -> Any:
-        """Embed tokens at the places 0, 1, ..., or after the places `start` (B,)."""
+    def _embed(self, token_ids: Any, start: Any = None, positions: Any = None) -> Any:
+        """Embed tokens at places 0, 1, ..., or on from `start` (B,), or at `positions` (B, T)."""
         x = self.token_embedding(token_ids)
         if self.position_embedding_layer is None:
             return x
-        if start is None:
-            return self.embeddings_add((x, self.position_embedding_layer(x)))
-        index = keras.ops.arange(keras.ops.shape(x)[1], dtype="int32")
-        positions = keras.ops.expand_dims(start, -1) + index
+        if start is not None:
+            index = keras.ops.arange(keras.ops.shape(x)[1], dtype="int32")
+            positions = keras.ops.expand_dims(start, -1) + index
         return self.embeddings_add((x, self.position_embedding_layer(x, positions=positions)))
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
@@ -313,6 +314,41 @@ class PerformerStack(PerformerBackbone):
         x = self.embeddings_dropout(self._embed(inputs["token_ids"]))
         x = self._run("transformer", x, padding_mask=inputs["padding_mask"])
         return inputs, self.final_norm(x)
+
+    def packed(self) -> keras.Model:
+        """A model of the same layers for rows that hold several sequences, one after the other.
+
+        It takes two more inputs. `segment_ids` (B, T): tokens attend within a run of equal ids.
+        `positions` (B, T): the place of each token in its own sequence. Every sequence then gets
+        what it would get alone. Use it to train on short sequences without padding; its weights are
+        those of this backbone.
+
+        **Returns** A functional model of a dict of `token_ids`, `padding_mask`, `segment_ids` and
+        `positions` to the hidden states (B, T, D).
+
+        **Example**
+
+        >>> model = PerformerDecoderBackbone(
+        ...     vocabulary_size=30, num_layers=1, num_heads=2, hidden_dim=8, intermediate_dim=16
+        ... )
+        >>> ids = keras.ops.ones((1, 5), "int32")
+        >>> inputs = {"token_ids": ids, "padding_mask": ids}
+        >>> inputs["segment_ids"] = keras.ops.convert_to_tensor([[0, 0, 0, 1, 1]])
+        >>> inputs["positions"] = keras.ops.convert_to_tensor([[0, 1, 2, 0, 1]])
+        >>> tuple(model.packed()(inputs).shape)
+        (1, 5, 8)
+        """
+        inputs = {
+            **self.input,
+            **{
+                name: keras.Input(shape=(None,), dtype="int32", name=name)
+                for name in ("segment_ids", "positions")
+            },
+        }
+        x = self._embed(inputs["token_ids"], positions=inputs["positions"])
+        named = {name: tensor for name, tensor in inputs.items() if name != "token_ids"}
+        x = self._run("transformer", self.embeddings_dropout(x), **named)
+        return keras.Model(inputs, self.final_norm(x))
 
     def initial_state(self, batch_size: Any, max_length: int | None = None) -> list[dict[str, Any]]:
         """The state before the first token, to start a stream or a decoding loop from.

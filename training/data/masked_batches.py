@@ -2,13 +2,12 @@
 
 keras-hub's own pipeline masks in TensorFlow or in Python, with different random numbers, and starts
 over when a run is resumed. It also cuts long proteins at their start only. Here a batch depends on
-the seed and the number of the step, and nothing else.
+its proteins and its generator, and nothing else.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
-import keras
 import numpy as np
 
 from keras_performer.models import PerformerMaskedLMPreprocessor
@@ -21,6 +20,7 @@ def mask_proteins(
     preprocessor: PerformerMaskedLMPreprocessor,
     rng: np.random.Generator,
     always_mask: bool = False,
+    length_multiple: int = 0,
 ) -> Batch:
     """Crop, pack and mask proteins as the preprocessor would pack and mask their strings.
 
@@ -34,6 +34,8 @@ def mask_proteins(
         rng: Source of all random choices.
         always_mask: Replace every selected residue by the mask token, as for scoring. Otherwise
             some become random residues and some stay, by the preprocessor's rates.
+        length_multiple: Where the batch ends: at the smallest multiple of this number that holds
+            its longest protein, and at the latest at T. 0 always takes T.
 
     **Returns** `(x, y, sample_weight)`: x holds `token_ids` (B, T), `padding_mask` (B, T) and
     `mask_positions` (B, P), all int32; y (B, P) int32 holds the true tokens; sample_weight (B, P)
@@ -44,9 +46,13 @@ def mask_proteins(
     rate = preprocessor.mask_selection_rate
     special = list(tokenizer.special_token_ids)
     ordinary = np.setdiff1d(np.arange(tokenizer.vocabulary_size()), special)
-    num_places = max(1, round(rate * room))
+    total = preprocessor.sequence_length
+    if length_multiple:
+        longest = max(len(protein) for protein in proteins) + 2
+        total = min(total, -(-longest // length_multiple) * length_multiple)
+    num_places = max(1, round(rate * (total - 2)))
 
-    shape = (len(proteins), preprocessor.sequence_length)
+    shape = (len(proteins), total)
     token_ids = np.full(shape, tokenizer.pad_token_id, "int32")
     padding_mask = np.zeros(shape, "int32")
     mask_positions = np.zeros((len(proteins), num_places), "int32")
@@ -77,55 +83,3 @@ def mask_proteins(
         )
     x = {"token_ids": token_ids, "padding_mask": padding_mask, "mask_positions": mask_positions}
     return x, labels, weights
-
-
-class MaskedBatches(keras.utils.PyDataset):
-    """An endless shuffled walk over proteins, cut into epochs of a fixed number of steps.
-
-    Every pass over the proteins has its own order, crops and masks. Set `epoch` at the start of
-    each epoch; a batch depends on the seed, the epoch and its index in it.
-
-    **Args**
-        proteins: Token ids without special tokens, one vector per protein.
-        preprocessor: As in `mask_proteins`.
-        batch_size: Proteins in a batch.
-        steps_per_epoch: Batches in an epoch.
-        seed: Seed of everything random.
-    """
-
-    def __init__(
-        self,
-        proteins: Sequence[np.ndarray],
-        preprocessor: PerformerMaskedLMPreprocessor,
-        batch_size: int,
-        steps_per_epoch: int,
-        seed: int,
-    ):
-        super().__init__()
-        self.proteins = proteins
-        self.preprocessor = preprocessor
-        self.batch_size = batch_size
-        self.steps_per_epoch = steps_per_epoch
-        self.seed = seed
-        self.epoch = 0
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, int))
-
-    def __len__(self) -> int:
-        """Return the number of batches in an epoch."""
-        return self.steps_per_epoch
-
-    def __getitem__(self, index: int) -> Batch:
-        """Return the batch of this index in the current epoch; see `mask_proteins`."""
-        step = self.epoch * self.steps_per_epoch + index
-        first = step * self.batch_size
-        proteins = [self._protein(place) for place in range(first, first + self.batch_size)]
-        rng = np.random.default_rng((self.seed, 0, step))
-        return mask_proteins(proteins, self.preprocessor, rng)
-
-    def _protein(self, place: int) -> np.ndarray:
-        number, index = divmod(place, len(self.proteins))
-        known, order = self._order
-        if known != number:
-            order = np.random.default_rng((self.seed, 1, number)).permutation(len(self.proteins))
-            self._order = (number, order)
-        return self.proteins[order[index]]

@@ -1,0 +1,184 @@
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tolerances import assert_close
+
+from keras_performer.models import PerformerCausalLM, PerformerDecoderBackbone
+from training import causal_lm
+from training.causal_lm import Config, Corpus, compare, main, unigram_log_probabilities
+from training.config import load_config
+from training.data.packed_windows import PackedWindows
+
+CONFIG = Path(__file__).parent.parent / "training" / "configs" / "text_causal_lm.toml"
+SMALL = {
+    "data.sequence_length": 48,
+    "data.heldout_share": 0.3,
+    "model.num_layers": 1,
+    "model.num_heads": 2,
+    "model.hidden_dim": 32,
+    "model.intermediate_dim": 32,
+    "model.num_features": 16,
+    "model.exact_window": 4,
+    "training.steps": 60,
+    "training.steps_per_epoch": 20,
+    "training.batch_size": 8,
+    "training.accumulate": 1,
+    "training.learning_rate": 1e-2,
+    "training.warmup_steps": 5,
+    "training.precision": "float32",
+    "training.validation_windows": 8,
+}
+OVERRIDES = [f"{key}={value}" for key, value in SMALL.items()]
+
+
+def sequences(seed, count=9):
+    rng = np.random.default_rng(seed)
+    return [np.array([1, *rng.integers(5, 12, rng.integers(1, 17)), 2]) for _ in range(count)]
+
+
+def test_windows_hold_every_token_once_and_end_every_sequence():
+    parts = sequences(0)
+    windows = PackedWindows(parts, 7, pad_token_id=0)
+    rows = list(windows.batches(4))
+    tokens = np.concatenate([x["token_ids"] for _, (x, _, _) in rows]).ravel()
+    mask = np.concatenate([x["padding_mask"] for _, (x, _, _) in rows]).ravel()
+    assert len(tokens) == 7 * len(windows) and mask.sum() == windows.num_tokens
+    np.testing.assert_array_equal(tokens[: windows.num_tokens], np.concatenate(parts))
+    assert not tokens[windows.num_tokens :].any() and mask[: windows.num_tokens].all()
+    y = np.concatenate([y for _, (_, y, _) in rows]).ravel()
+    weights = np.concatenate([w for _, (_, _, w) in rows]).ravel()
+    # All tokens but the first of each sequence are predicted, by the one before.
+    expected = np.concatenate([part[1:] for part in parts])
+    np.testing.assert_array_equal(y[weights > 0], expected)
+    assert weights[: windows.num_tokens].sum() == windows.num_tokens - len(parts)
+    owners = np.concatenate([windows.sequences_of(i) for i in range(len(windows))])
+    np.testing.assert_array_equal(
+        owners[: windows.num_tokens], np.repeat(np.arange(9), [len(part) for part in parts])
+    )
+
+
+def test_moved_windows_stay_inside():
+    windows = PackedWindows(sequences(0), 7, pad_token_id=0)
+    indices = np.arange(len(windows)).repeat(50)
+    x, _, _ = windows.read(indices, np.random.default_rng(0))
+    assert x["padding_mask"].all()
+    assert len({row.tobytes() for row in x["token_ids"]}) > 3 * len(windows)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"attention": "performer", "exact_window": 3},
+        {"attention": "performer", "reversible": True},
+        {"attention": "softmax", "position_embedding": "learned", "max_sequence_length": 40},
+        {"attention": "sliding_window", "sliding_window": 4},
+    ],
+)
+def test_a_packed_sequence_gets_what_it_gets_alone(options):
+    backbone = PerformerDecoderBackbone(
+        vocabulary_size=13, num_layers=2, num_heads=2, hidden_dim=16, intermediate_dim=24,
+        num_features=8, seed=3, **options,
+    )  # fmt: skip
+    packed = backbone.packed()
+    assert {id(v) for v in packed.weights} == {id(v) for v in backbone.weights}
+    parts = sequences(1, count=3)
+    length = sum(map(len, parts)) + 2
+    x, _, _ = PackedWindows(parts, length, pad_token_id=0).read([0])
+    outputs = packed.predict_on_batch(x)[0]
+    ids = np.stack([np.pad(part, (0, length - len(part))) for part in parts]).astype("int32")
+    mask = np.stack([np.arange(length) < len(part) for part in parts]).astype("int32")
+    alone = backbone.predict_on_batch({"token_ids": ids, "padding_mask": mask})
+    start = 0
+    for part, expected in zip(parts, alone, strict=True):
+        assert_close(outputs[start : start + len(part)], expected[: len(part)])
+        start += len(part)
+
+
+def write_text(path):
+    """Lines that count on: after the first letter every byte is known."""
+    rng = np.random.default_rng(0)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    starts = rng.integers(0, 13, 400)
+    path.write_text("".join(letters[i : i + 12] + "\n" for i in starts), encoding="utf-8")
+    return path
+
+
+def test_the_job_learns_writes_and_generates(tmp_path):
+    text = write_text(tmp_path / "t.txt")
+    options = [f"--set={override}" for override in OVERRIDES]
+    output = tmp_path / "run"
+    metrics = main([f"--config={CONFIG}", f"--file={text}", f"--output={output}", *options])
+    assert json.loads((output / "metrics.json").read_text(encoding="utf-8")) == metrics
+    model, unigram = metrics["test"]["model"], metrics["test"]["unigram"]
+    assert model["bits_per_byte"] < 0.7 * unigram["bits_per_byte"]
+    assert model["accuracy"] > 0.4 > unigram["accuracy"]
+    assert metrics["reload_max_abs_difference"] <= 1e-5
+    assert len(metrics["training"]["history"]) == 3
+    assert text.read_text(encoding="utf-8")[-2000:].count(metrics["sample"][:12])
+    assert not (output / "backup").exists()
+    reloaded = PerformerCausalLM.from_preset(str(output / "preset"))
+    reloaded.compile(sampler="greedy")
+    written = reloaded.generate("\nabcd", max_length=12)
+    assert written[:5] == "\nabcd" and len(written) > 5
+
+
+class FixedModel:
+    def __init__(self, logits):
+        self.logits = logits
+
+    def predict_on_batch(self, x):
+        return np.broadcast_to(self.logits, (*x["token_ids"].shape, len(self.logits)))
+
+
+def test_figures_agree_with_a_calculation_by_hand():
+    parts = [np.array([0, 3, 3, 1]), np.array([0, 4, 1])]
+    windows = PackedWindows(parts, 3, pad_token_id=2)
+    config = load_config(Config, CONFIG, OVERRIDES)
+    logits = np.log([1e-30, 0.5, 1e-30, 0.25, 0.25]).astype("float32") + 3
+    baseline = np.log([0.1, 0.2, 0.1, 0.4, 0.2])
+    corpus = Corpus("text", "", [], [], ["aa", "b"])
+    result = compare(FixedModel(logits), baseline, windows, config, corpus)
+    assert result["tokens"] == 5 and result["sequences"] == 2
+    log2 = np.log(2)
+    nats = 2 * 2 * log2 + log2 + 2 * log2 + log2
+    assert result["model"]["cross_entropy"] == pytest.approx(nats / 5)
+    assert result["model"]["perplexity"] == pytest.approx(np.exp(nats / 5))
+    assert result["model"]["bits_per_byte"] == pytest.approx(nats / log2 / 3)
+    assert result["model"]["accuracy"] == pytest.approx(2 / 5)
+    assert result["unigram"]["accuracy"] == pytest.approx(2 / 5)
+    unigram = -np.log([0.4 * 0.4 * 0.2, 0.2 * 0.2])
+    assert result["unigram"]["cross_entropy"] == pytest.approx(unigram.sum() / 5)
+    differences = (unigram - log2 * np.array([5, 3])) / np.array([3, 2])
+    assert result["difference"]["mean"] == pytest.approx(differences.mean())
+    error = differences.std(ddof=1) / 2**0.5
+    assert result["difference"]["standard_error"] == pytest.approx(error)
+
+
+def test_the_unigram_counts_what_is_predicted():
+    windows = PackedWindows([np.array([0, 3, 3, 1]), np.array([0, 4, 1])], 3, pad_token_id=2)
+    probabilities = np.exp(unigram_log_probabilities(windows, 5))
+    np.testing.assert_allclose(probabilities, np.array([0, 2, 0, 2, 1]) / 10 + 0.1)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--file=t.txt", "--fasta=t.fasta"], "not both"),
+        (["--file=nothing.txt"], r"nothing\.txt: there is no such file"),
+        (["--set=data.source=books"], r"'data\.source' must be one of text, sample"),
+        (["--set=training.validation_windows=0"], r"'training\.validation_windows'"),
+        (["--set=data.sequence_length=100000000"], "fewer than one batch"),
+        (["--set=model.num_heads=3"], "num_heads=3"),
+    ],
+)
+def test_bad_input_ends_with_one_sentence_before_any_training(
+    tmp_path, monkeypatch, options, message
+):
+    monkeypatch.setattr(causal_lm, "train", lambda *_: pytest.fail("training started"))
+    arguments = [f"--config={CONFIG}", f"--output={tmp_path}", "--set=data.source=sample"]
+    with pytest.raises(SystemExit, match=message) as error:
+        main([*arguments, *options])
+    assert re.match("error: [^\n]*$", str(error.value))

@@ -1,0 +1,435 @@
+"""Train a causal language model of text or proteins, score it, and let it write: see `--help`.
+
+The job concatenates documents or proteins to long rows, trains a `PerformerCausalLM` to predict the
+next token, compares it on held-out sequences with the frequencies of the tokens, saves a
+keras-hub preset, loads it back, and generates from it.
+"""
+
+import argparse
+import dataclasses
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from training.command import make_parser, prepare_output, start_keras, write_json
+from training.config import load_config
+from training.data.examples import load_examples
+from training.data.packed_windows import PackedWindows
+from training.data.protein_sources import SOURCES, load_proteins, texts_sha256
+from training.data.text import load_text
+from training.sections import ModelConfig, TrainingConfig, require
+
+if TYPE_CHECKING:
+    import keras
+
+    from keras_performer.models import PerformerCausalLM
+
+# Keras chooses its backend when it is imported, so nothing that imports it stands up here.
+
+# What it writes at the end, and how much of the first test sequence it is given.
+SAMPLE_TOKENS = 256
+PROMPT_CHARACTERS = {"text": 64, "proteins": 8}
+# Beyond this, a reloaded model is not the model that was trained.
+RELOAD_TOLERANCE = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Section `[data]`."""
+
+    source: str
+    sequence_length: int
+    heldout_share: float
+
+    def __post_init__(self) -> None:
+        sources = ("text", *SOURCES)
+        require(self.source in sources, "data.source", f"one of {', '.join(sources)}")
+        require(self.sequence_length >= 16, "data.sequence_length", "at least 16")
+        require(0 < self.heldout_share < 1, "data.heldout_share", "between 0 and 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class CausalLMTrainingConfig(TrainingConfig):
+    """Section `[training]`, and how many windows are scored after each epoch."""
+
+    validation_windows: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.validation_windows >= 1, "training.validation_windows", "at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The whole experiment."""
+
+    seed: int
+    data: DataConfig
+    model: ModelConfig
+    training: CausalLMTrainingConfig
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**32, "seed", "at least 0 and below 2**32")
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Strings to train on and held-out ones, and what they are.
+
+    **Args**
+        kind: "text", a token per byte, or "proteins", a token per residue.
+        source: A phrase that names the source.
+        train: Documents or sequences.
+        validation: Those scored after each epoch.
+        test: Those scored at the end.
+    """
+
+    kind: str
+    source: str
+    train: list[str]
+    validation: list[str]
+    test: list[str]
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the job.
+
+    **Args**
+        argv: Command-line arguments. Default: those of the process.
+
+    **Returns** What `metrics.json` holds.
+
+    **Raises** SystemExit, with one sentence, if the arguments or the data are not fit to be used.
+    """
+    started = time.perf_counter()
+    console = Console()
+    arguments = parse_arguments(argv)
+
+    # 1. Everything that can be wrong is found before anything is compiled.
+    try:
+        config = load_config(Config, arguments.config, arguments.set)
+        corpus = read_corpus(config, arguments.file, arguments.fasta)
+        digest = texts_sha256(corpus.train, corpus.validation, corpus.test)
+        output = prepare_output(arguments.output, config, digest)
+        model, tokenizer = build_model(config, corpus.kind, arguments.backend)
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    windows = {
+        split: pack(getattr(corpus, split), tokenizer, config)
+        for split in ("train", "validation", "test")
+    }
+    console.print(describe(config, corpus, windows, model, output))
+
+    # 2. Train. A run that was killed goes on where its last epoch ended.
+    trainer, record = train(model, config, windows, output, console)
+
+    # 3. Compare with the frequencies of the tokens, at the same places.
+    metrics: dict[str, Any] = {"parameters": model.count_params(), "training": record}
+    baseline = unigram_log_probabilities(windows["train"], model.backbone.vocabulary_size)
+    metrics["test"] = compare(trainer, baseline, windows["test"], config, corpus)
+    console.print(comparison_table(metrics["test"]))
+
+    # 4. Save the preset, and generate with what was saved.
+    from keras_performer.models import PerformerCausalLM
+
+    preset = output / "preset"
+    model.save_to_preset(str(preset))
+    reloaded = PerformerCausalLM.from_preset(str(preset))
+    length = min(config.data.sequence_length, SAMPLE_TOKENS)
+    prompt = corpus.test[0][: min(PROMPT_CHARACTERS[corpus.kind], length // 4)]
+    token_ids = tokenizer.tokenize(corpus.test[0][:256])
+    metrics["reload_max_abs_difference"] = reload_difference(model, reloaded, token_ids)
+    reloaded.compile(sampler="top_p")
+    metrics["sample"] = reloaded.generate(prompt, max_length=length)
+    console.print(f"Preset: {preset}. What it writes after {prompt!r}:")
+    console.print(metrics["sample"], markup=False)
+
+    metrics.update(run_facts(config, corpus, windows, time.perf_counter() - started))
+    write_json(output / "metrics.json", metrics)
+    shutil.rmtree(output / "backup", ignore_errors=True)
+    console.print(f"Finished in {metrics['seconds']:.0f} s. Figures: {output / 'metrics.json'}")
+    return metrics
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the parsed command line."""
+    parser = make_parser("causal_lm", "Train a causal language model of text or proteins.")
+    parser.add_argument(
+        "--file", type=Path,
+        help="your own documents in place of data.source: a text file, a folder of .txt files, or "
+        "JSONL or CSV with a field `text`; gzip or not",
+    )  # fmt: skip
+    parser.add_argument(
+        "--fasta", type=Path, help="your own proteins, plain or gzip, in place of data.source"
+    )
+    return parser.parse_args(argv)
+
+
+def read_corpus(config: Config, file: Path | None, fasta: Path | None) -> Corpus:
+    """Read the strings of the config's source, or a user's own."""
+    if file is not None and fasta is not None:
+        raise ValueError("Pass --file for documents or --fasta for proteins, not both.")
+    if file is not None or (fasta is None and config.data.source == "text"):
+        splits = load_text() if file is None else load_examples(file)
+        texts = {split: [example.text for example in part] for split, part in splits.items()}
+        corpus = Corpus("text", "text" if file is None else str(file), **texts)
+    else:
+        train, heldout, source = load_proteins(config.data.source, config.data.heldout_share, fasta)
+        sequences = [protein.sequence for protein in heldout]
+        half = len(sequences) // 2
+        corpus = Corpus(
+            "proteins",
+            source,
+            [protein.sequence for protein in train],
+            sequences[:half],
+            sequences[half:],
+        )
+    needed = config.data.sequence_length * config.training.batch_size
+    if sum(map(len, corpus.train)) < needed:
+        raise ValueError(
+            f"{corpus.source}: {sum(map(len, corpus.train)):,} characters are left to train on, "
+            f"fewer than one batch of {needed:,} tokens. Lower data.sequence_length or "
+            "training.batch_size, or pass more."
+        )
+    return corpus
+
+
+def build_model(config: Config, kind: str, backend: str | None) -> "tuple[PerformerCausalLM, Any]":
+    """Choose the backend, seed it, and return the untrained model and its tokenizer."""
+    start_keras(backend, config.seed)
+
+    from keras_performer.models import (
+        ByteTokenizer,
+        PerformerCausalLM,
+        PerformerCausalLMPreprocessor,
+        PerformerDecoderBackbone,
+        ProteinTokenizer,
+    )
+
+    tokenizer = ByteTokenizer() if kind == "text" else ProteinTokenizer()
+    backbone = PerformerDecoderBackbone(
+        vocabulary_size=tokenizer.vocabulary_size(),
+        **config.model.arguments(),
+        seed=config.seed,
+        dtype=config.training.precision,
+    )
+    preprocessor = PerformerCausalLMPreprocessor(
+        tokenizer, sequence_length=config.data.sequence_length
+    )
+    return PerformerCausalLM(backbone, preprocessor), tokenizer
+
+
+def pack(texts: Sequence[str], tokenizer: Any, config: Config) -> PackedWindows:
+    """Tokenize strings, with a start and an end token each, and pack them into windows."""
+    start, end = tokenizer.start_token_id, tokenizer.end_token_id
+    sequences = [np.array([start, *tokenizer.tokenize(text), end], "int32") for text in texts]
+    return PackedWindows(sequences, config.data.sequence_length, tokenizer.pad_token_id)
+
+
+def describe(
+    config: Config,
+    corpus: Corpus,
+    windows: dict[str, PackedWindows],
+    model: "PerformerCausalLM",
+    output: Path,
+) -> Table:
+    """Return a table of what the job is going to do."""
+    import keras
+
+    training, shape = config.training, config.model
+    tokens = training.steps * training.batch_size * config.data.sequence_length
+    passes = tokens / windows["train"].num_tokens
+    rows = {
+        corpus.kind: f"{corpus.source}: {len(corpus.train):,} to train on "
+        f"({windows['train'].num_tokens:,} tokens), {len(corpus.validation):,} and "
+        f"{len(corpus.test):,} held out",
+        "input": f"windows of {config.data.sequence_length:,} tokens",
+        "model": f"{shape.num_layers} layers of width {shape.hidden_dim}, {shape.num_heads} heads "
+        f"({shape.attention}, {shape.num_features} features), {model.count_params():,} parameters",
+        "training": f"{training.steps:,} steps of {training.batch_size} windows ({tokens:,} "
+        f"tokens, {passes:.1f} passes), AdamW, {training.precision}",
+        "backend": f"keras {keras.version()} on {keras.config.backend()}",
+        "output": f"{output}" + (" (resumes a run)" if (output / "backup").is_dir() else ""),
+    }
+    table = Table(title="Causal language model", show_header=False)
+    for row in rows.items():
+        table.add_row(*row)
+    return table
+
+
+def train(
+    model: "PerformerCausalLM",
+    config: Config,
+    windows: dict[str, PackedWindows],
+    output: Path,
+    console: Console,
+) -> "tuple[keras.Model, dict[str, Any]]":
+    """Train the model, or go on with a run that was killed.
+
+    **Returns** A plain Keras model of the same layers, which takes packed windows; and what
+    `loop.fit` returns.
+    """
+    import keras
+
+    from training.data.batches import Batches
+    from training.loop import fit
+
+    training = config.training
+    packed = model.backbone.packed()
+    logits = model.backbone.token_embedding(packed.output, reverse=True)
+    trainer = keras.Model(packed.input, logits, name="trainer")
+    batches = Batches(
+        np.full(len(windows["train"]), config.data.sequence_length),
+        windows["train"].read,
+        training.batch_size,
+        training.steps_per_epoch,
+        config.seed,
+    )
+    count = min(training.validation_windows, len(windows["validation"]))
+    spread = np.linspace(0, len(windows["validation"]) - 1, count).astype(int)
+    record = fit(
+        trainer,
+        batches,
+        windows["validation"].read(spread),
+        training,
+        # The mean over predicted tokens; the default would count the places between sequences too.
+        loss=keras.losses.SparseCategoricalCrossentropy(
+            from_logits=True, reduction="mean_with_sample_weight"
+        ),
+        weighted_metrics=[keras.metrics.SparseCategoricalAccuracy(name="accuracy")],
+        seed=config.seed,
+        output=output,
+        console=console,
+    )
+    return trainer, record
+
+
+def unigram_log_probabilities(windows: PackedWindows, vocabulary_size: int) -> np.ndarray:
+    """Return the log frequency (vocabulary,) of every predicted token, one added to each count."""
+    counts = np.ones(vocabulary_size)
+    for _, (_, y, weights) in windows.batches(64):
+        counts += np.bincount(y[weights > 0], minlength=vocabulary_size)
+    return np.log(counts / counts.sum())
+
+
+def compare(
+    trainer: "keras.Model",
+    baseline: np.ndarray,
+    windows: PackedWindows,
+    config: Config,
+    corpus: Corpus,
+) -> dict[str, Any]:
+    """Score the model and the baseline on every token of the held-out sequences.
+
+    **Returns** For each: cross-entropy in nats a token, perplexity and accuracy over all predicted
+    tokens, and for text bits per byte (end tokens are predicted, and their cost is counted). Then
+    the difference of the mean cross-entropy of each sequence, baseline minus model: its mean over
+    sequences, and from two sequences on the standard error of that mean, and their ratio.
+    """
+    texts = corpus.test
+    totals = {name: np.zeros(len(texts)) for name in ("model", "unigram")}
+    hits = dict.fromkeys(totals, 0.0)
+    counts = np.zeros(len(texts))
+    for indices, (x, y, weights) in windows.batches(config.training.batch_size):
+        logits = np.asarray(trainer.predict_on_batch(x), "float32")
+        peak = logits.max(-1, keepdims=True)
+        normalizer = peak[..., 0] + np.log(np.exp(logits - peak).sum(-1, dtype="float64"))
+        owners = np.stack([windows.sequences_of(index) for index in indices])
+        kept = weights > 0
+        np.add.at(counts, owners[kept], 1)
+        surprise = normalizer - np.take_along_axis(logits, y[..., None], -1)[..., 0]
+        np.add.at(totals["model"], owners[kept], surprise[kept])
+        np.add.at(totals["unigram"], owners[kept], -baseline[y[kept]])
+        hits["model"] += float((logits.argmax(-1) == y)[kept].sum())
+        hits["unigram"] += float((y[kept] == baseline.argmax()).sum())
+
+    num_tokens = counts.sum()
+    result: dict[str, Any] = {"sequences": len(texts), "tokens": int(num_tokens)}
+    for name, total in totals.items():
+        cross_entropy = float(total.sum() / num_tokens)
+        result[name] = {
+            "cross_entropy": cross_entropy,
+            "perplexity": float(np.exp(cross_entropy)),
+            "accuracy": hits[name] / float(num_tokens),
+        }
+        if corpus.kind == "text":
+            num_bytes = sum(len(text.encode()) for text in texts)
+            result[name]["bits_per_byte"] = float(total.sum() / np.log(2) / num_bytes)
+    differences = (totals["unigram"] - totals["model"]) / np.maximum(counts, 1)
+    result["difference"] = {"mean": float(differences.mean())}
+    if len(texts) > 1:
+        error = float(differences.std(ddof=1) / np.sqrt(len(texts)))
+        result["difference"]["standard_error"] = error
+        result["difference"]["standard_errors"] = float(differences.mean() / error)
+    return result
+
+
+def comparison_table(result: dict[str, Any]) -> Table:
+    """Return the figures of `compare` as a table."""
+    difference = result["difference"]
+    columns = {
+        "cross_entropy": "cross-entropy",
+        "perplexity": "perplexity",
+        "bits_per_byte": "bits per byte",
+        "accuracy": "accuracy",
+    }
+    columns = {key: title for key, title in columns.items() if key in result["model"]}
+    table = Table(
+        title=f"{result['tokens']:,} tokens of {result['sequences']:,} held-out sequences",
+        caption=f"Cross-entropy below the unigram baseline's, mean over sequences: "
+        f"{difference['mean']:.4f}"
+        + (f" ± {difference['standard_error']:.4f}" if "standard_error" in difference else ""),
+    )
+    for column in ("", *columns.values()):
+        table.add_column(column, justify="right")
+    for name, label in (("model", "model"), ("unigram", "unigram frequencies")):
+        table.add_row(label, *(f"{result[name][key]:.4f}" for key in columns))
+    return table
+
+
+def reload_difference(
+    model: "PerformerCausalLM", reloaded: "PerformerCausalLM", token_ids: Sequence[int]
+) -> float:
+    """Return the largest difference of the two models' logits, or raise RuntimeError."""
+    import keras
+
+    ids = keras.ops.convert_to_tensor([token_ids], "int32")
+    x = {"token_ids": ids, "padding_mask": keras.ops.ones_like(ids)}
+    logits = [
+        np.asarray(keras.ops.convert_to_numpy(part(x, training=False)), "float32")
+        for part in (model, reloaded)
+    ]
+    largest = float(np.abs(logits[0] - logits[1]).max())
+    if not largest <= RELOAD_TOLERANCE:
+        raise RuntimeError(
+            f"The logits of the reloaded preset differ from the trained model's by {largest:.2e}, "
+            f"more than {RELOAD_TOLERANCE:.0e}."
+        )
+    return largest
+
+
+def run_facts(
+    config: Config, corpus: Corpus, windows: dict[str, PackedWindows], seconds: float
+) -> dict[str, Any]:
+    """Return what identifies the run."""
+    import keras
+
+    return {
+        "seconds": seconds,
+        "backend": keras.config.backend(),
+        "keras": keras.version(),
+        "source": corpus.source,
+        "train_tokens": windows["train"].num_tokens,
+        "config": dataclasses.asdict(config),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""What the command of every recipe does before it trains: flags, the backend, the output folder."""
+
+import argparse
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+# Keras chooses its backend when it is imported, so nothing that imports it stands up here.
+
+
+def make_parser(
+    recipe: str, description: str, config: Path | None = None
+) -> argparse.ArgumentParser:
+    """Return the parser of the flags that every recipe takes.
+
+    **Args**
+        recipe: Name of the module in `training`.
+        description: What the recipe does.
+        config: The config that is used if none is named. Default: one must be named.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m training.{recipe}", description=description)
+    parser.add_argument(
+        "--config", type=Path, default=config, required=config is None,
+        help="TOML file of the experiment" + ("" if config is None else f" (default: {config})"),
+    )  # fmt: skip
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE",
+        help="replace one key of the config, such as training.steps=1000; repeatable",
+    )  # fmt: skip
+    parser.add_argument("--backend", choices=("tensorflow", "jax", "torch"), help="Keras backend")
+    output = Path("runs") / recipe
+    parser.add_argument("--output", type=Path, default=output, help=f"folder (default: {output})")
+    return parser
+
+
+def start_keras(backend: str | None, seed: int) -> None:
+    """Import Keras on a backend, and seed it.
+
+    **Raises** ImportError if the backend is not installed; ValueError if Keras already runs on
+    another one.
+    """
+    # TensorFlow's start-up messages; what goes wrong is still raised.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    if backend is not None:
+        os.environ["KERAS_BACKEND"] = backend
+    try:
+        import keras
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"Keras cannot start its backend: {error}. Install it, or choose another one with "
+            "--backend."
+        ) from error
+
+    if backend not in (None, keras.config.backend()):
+        raise ValueError(
+            f"Keras already runs on {keras.config.backend()} in this process, so --backend "
+            f"{backend} comes too late."
+        )
+    keras.utils.set_random_seed(seed)
+
+
+def prepare_output(output: Path, config: Any, data_sha256: str) -> Path:
+    """Make the folder, check that it can be written, and that it holds no other unfinished run.
+
+    **Args**
+        output: The folder.
+        config: The config of the run, a dataclass.
+        data_sha256: What identifies the data of the run.
+
+    **Raises** ValueError if the folder cannot be written, or if the unfinished run in it has
+    another config or other data.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        probe = output / ".writable"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"The output folder cannot be written: {error}. Pass --output.") from error
+    run = {"config": dataclasses.asdict(config), "data_sha256": data_sha256}
+    record = output / "run.json"
+    if (output / "backup").is_dir() and json.loads(record.read_text(encoding="utf-8")) != run:
+        raise ValueError(
+            f"{output} holds an unfinished run with another config or other data ({record}). "
+            "Repeat its command to finish it, pass another --output, or delete "
+            f"{output / 'backup'}."
+        )
+    write_json(record, run)
+    (output / "metrics.json").unlink(missing_ok=True)
+    return output
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON."""
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

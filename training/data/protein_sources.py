@@ -1,0 +1,86 @@
+"""Proteins to pretrain on, by the name of their source or from a user's file, and held-out ones."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from training.data.fasta import Protein, read_fasta
+from training.data.protein_packages import load_metastudent, load_mmseqs2_examples
+from training.data.protein_sample import load_protein_sample
+
+# What a source may be beside "sample", which has a held-out part of its own.
+PACKAGES: dict[str, Callable[[], list[Protein]]] = {
+    "mmseqs2_examples": load_mmseqs2_examples,
+    "metastudent": load_metastudent,
+}
+SOURCES = ("sample", *PACKAGES)
+
+
+def load_proteins(
+    source: str, heldout_share: float, fasta: Path | None = None
+) -> tuple[list[Protein], list[Protein], str]:
+    """Return the training proteins, the held-out proteins, and a phrase that names the source.
+
+    The sample comes divided. Elsewhere identical sequences count once, and the hash of a sequence
+    decides its part.
+
+    **Args**
+        source: One of `SOURCES`.
+        heldout_share: Share of the proteins that is held out.
+        fasta: A file in place of `source`.
+
+    **Raises** OSError or ValueError, in one sentence, for proteins that cannot be had or used.
+
+    **Example**
+
+    >>> len(load_proteins("sample", 0.1)[1])
+    511
+    """
+    if fasta is None and source == "sample":
+        train, heldout = load_protein_sample()
+        phrase = "the shipped sample"
+    else:
+        phrase = source if fasta is None else str(fasta)
+        records = PACKAGES[source]() if fasta is None else read_fasta(fasta)
+        first: dict[str, Protein] = {}
+        for record in records:
+            first.setdefault(record.sequence, record)
+        distinct = list(first.values())
+        if all(set("ACGTUN").issuperset(sequence) for sequence in first):
+            raise ValueError(
+                f"{phrase}: all sequences are made of A, C, G, T, U and N, so they look like DNA "
+                "or RNA. Pass protein sequences."
+            )
+        for protein in distinct:
+            if set(protein.sequence) == {"J"}:  # Not in the vocabulary: nothing to predict.
+                raise ValueError(f"{phrase}: {protein.name!r} is made of J only. Remove it.")
+        bar = heldout_share * 2**64
+        train = [protein for protein in distinct if _hash(protein) >= bar]
+        heldout = [protein for protein in distinct if _hash(protein) < bar]
+        phrase = f"{phrase} ({len(records):,} records, {len(distinct):,} distinct)"
+    if len(heldout) < 2:
+        raise ValueError(
+            f"{phrase}: {len(heldout)} protein(s) would be held out, and 2 or more are needed. "
+            "Raise data.heldout_share, or pass more proteins."
+        )
+    return train, heldout, phrase
+
+
+def _hash(protein: Protein) -> int:
+    """Return a number below 2**64 that depends on the sequence only."""
+    return int.from_bytes(hashlib.sha256(protein.sequence.encode()).digest()[:8], "big")
+
+
+def texts_sha256(*parts: Sequence[str]) -> str:
+    """Return a digest of the texts in each part, in order, which tells data sets apart.
+
+    **Example**
+
+    >>> texts_sha256(["MK"], ["MKT"]) == texts_sha256(["MK", "MKT"], [])
+    False
+    """
+    digest = hashlib.sha256()
+    for text in (text for part in parts for text in (*part, None)):
+        # Lengths first, so that no text can look like two.
+        digest.update(b"|" if text is None else f"{len(text)}:{text}".encode())
+    return digest.hexdigest()

@@ -1,0 +1,187 @@
+"""The training loop of every recipe: `fit`, with logs, validation and a backup it resumes from."""
+
+import importlib.util
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+from rich.console import Console
+
+from keras_performer.callbacks import AttentionHealth, RedrawFeatures
+from training.data.batches import Batches
+from training.sections import TrainingConfig
+
+
+def fit(
+    trainer: keras.Model,
+    batches: Batches,
+    validation_data: Any,
+    training: TrainingConfig,
+    *,
+    loss: Any,
+    weighted_metrics: list[Any],
+    seed: int,
+    output: Path,
+    console: Console,
+) -> dict[str, Any]:
+    """Train a model, or go on with a run that was killed.
+
+    A resumed run repeats the epoch in which it was killed: weights, optimizer, data, random numbers
+    of dropout and the count of epochs without progress are those of a run that was not. The
+    `backup` folder stays until the recipe removes it.
+
+    **Args**
+        trainer: A built model that takes the batches.
+        batches: Training data.
+        validation_data: Arrays that are scored after each epoch.
+        training: Section `[training]` of the config.
+        loss: As in `compile`.
+        weighted_metrics: As in `compile`.
+        seed: Seed of the run.
+        output: Folder of `backup/`, `history.jsonl` and `tensorboard/`.
+        console: Where messages go.
+
+    **Returns** What `metrics.json` says of the training: a row of figures for each epoch, seconds
+    of this process and those of them in which batches were made, and whether patience ended it.
+    """
+    backup = output / "backup"
+    trainer.compile(_optimizer(training), loss=loss, weighted_metrics=weighted_metrics)
+    log = _EpochLog(output / "history.jsonl", _finished_epochs(backup))
+    epochs = training.steps // training.steps_per_epoch
+    best = backup / "best.weights.h5"
+    callbacks: list[keras.callbacks.Callback] = [
+        keras.callbacks.LambdaCallback(
+            on_epoch_begin=lambda epoch, logs: _begin_epoch(trainer, batches, seed, epoch)
+        ),
+        log,
+    ]
+    if training.redraw_features_every:
+        callbacks.append(RedrawFeatures(every=training.redraw_features_every, seed=seed))
+    if training.attention_health:
+        first = keras.tree.map_structure(lambda array: array[:1], validation_data[0])
+        callbacks.append(AttentionHealth(first))
+    if training.patience:
+        if log.epochs_without_progress() >= training.patience:
+            epochs = len(log.rows)
+        callbacks += [
+            _Patience(log, training.patience),
+            keras.callbacks.ModelCheckpoint(
+                str(best),
+                monitor="val_loss",
+                save_best_only=True,
+                save_weights_only=True,
+                initial_value_threshold=min(log.losses(), default=None),
+            ),
+        ]
+    # Last, so that whatever the others wrote for an epoch is there when the epoch counts as done.
+    callbacks.append(
+        keras.callbacks.BackupAndRestore(
+            str(backup), double_checkpoint=True, delete_checkpoint=False
+        )
+    )
+    if importlib.util.find_spec("tensorflow") is None:
+        console.print("No TensorBoard log: Keras needs TensorFlow to write it.")
+    else:
+        log_dir = str(output / "tensorboard")
+        callbacks.append(keras.callbacks.TensorBoard(log_dir, write_graph=False))
+    started = time.perf_counter()
+    trainer.fit(
+        batches,
+        shuffle=False,  # The walk is shuffled; Keras would shuffle its steps, and not repeatably.
+        epochs=epochs,
+        validation_data=validation_data,
+        validation_batch_size=training.batch_size,
+        callbacks=callbacks,
+        verbose=1 if console.is_terminal else 2,  # pyright: ignore[reportArgumentType]
+    )
+    if training.patience and best.is_file():
+        trainer.load_weights(str(best))
+    return {
+        "history": log.rows,
+        "fit_seconds": time.perf_counter() - started,
+        "input_seconds": batches.seconds,
+        "stopped_early": len(log.rows) < training.steps // training.steps_per_epoch,
+    }
+
+
+def _optimizer(training: TrainingConfig) -> keras.optimizers.Optimizer:
+    # Keras's schedules count batches, also where weights move in every `accumulate`-th only.
+    warmup = training.warmup_steps
+    schedule = keras.optimizers.schedules.CosineDecay(
+        initial_learning_rate=0.0 if warmup else training.learning_rate,
+        decay_steps=training.steps - warmup,
+        alpha=0.05,
+        warmup_target=training.learning_rate if warmup else None,
+        warmup_steps=warmup,
+    )
+    optimizer = keras.optimizers.AdamW(
+        schedule,  # pyright: ignore[reportArgumentType]  Keras takes a schedule too.
+        beta_2=training.beta_2,
+        weight_decay=training.weight_decay,
+        global_clipnorm=training.clip_norm,
+        gradient_accumulation_steps=training.accumulate if training.accumulate > 1 else None,
+    )
+    optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta", "scale"])
+    return optimizer
+
+
+def _begin_epoch(trainer: keras.Model, batches: Batches, seed: int, epoch: int) -> None:
+    """Set everything that chance decides in an epoch to what follows from the seed."""
+    batches.epoch = epoch
+    # Keras saves no state of its random generators with the weights.
+    generators = [v for v in trainer.variables if v.path.endswith("seed_generator_state")]
+    for number, state in enumerate(generators):
+        state.assign(np.random.SeedSequence((seed, 3, number, epoch)).generate_state(2))
+
+
+def _finished_epochs(backup: Path) -> int:
+    """Return how many epochs the backup in a folder has seen."""
+    metadata = backup / "training_metadata.json"
+    if not metadata.is_file():
+        return 0
+    return json.loads(metadata.read_text(encoding="utf-8"))["epoch"]
+
+
+class _EpochLog(keras.callbacks.Callback):
+    """Keeps the figures of every epoch in a file of JSON lines, over kills and resumes."""
+
+    def __init__(self, path: Path, finished_epochs: int):
+        super().__init__()
+        self.path = path
+        self.rows: list[dict[str, float]] = []
+        if finished_epochs:
+            lines = path.read_text(encoding="utf-8").splitlines()
+            # A kill may have come between the log and the backup of an epoch.
+            self.rows = [json.loads(line) for line in lines[:finished_epochs]]
+        path.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        row = {"epoch": epoch, **{name: float(value) for name, value in (logs or {}).items()}}
+        self.rows.append(row)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def losses(self) -> list[float]:
+        """Return the validation loss of each epoch."""
+        return [row["val_loss"] for row in self.rows]
+
+    def epochs_without_progress(self) -> int:
+        """Return the number of epochs since the lowest validation loss."""
+        losses = self.losses()
+        return len(losses) - 1 - int(np.argmin(losses)) if losses else 0
+
+
+class _Patience(keras.callbacks.Callback):
+    """Ends the training after some epochs without progress, counted over kills and resumes."""
+
+    def __init__(self, log: _EpochLog, epochs: int):
+        super().__init__()
+        self.log = log
+        self.epochs = epochs
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        if self.log.epochs_without_progress() >= self.epochs:
+            self.model.stop_training = True
