@@ -45,7 +45,8 @@ SIZES = [
     (1, 4),
     pytest.param(13, 4, marks=pytest.mark.slow_on_jax),
     pytest.param(20, 32, marks=pytest.mark.slow_on_jax),
-    (300, 16),
+    # On JAX the test of gradients takes the same way at 150 tokens.
+    pytest.param(300, 16, marks=pytest.mark.slow_on_jax),
     pytest.param(300, 75, marks=pytest.mark.slow_on_jax),
     pytest.param(257, 64, marks=pytest.mark.slow_on_jax),
 ]
@@ -152,8 +153,8 @@ def test_gradients_equal_the_reference(implementation, causal, masked, segmented
     assert all(np.abs(g).max() > 1e-2 for g in actual)
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("causal", [UNMASKED, True])
+@pytest.mark.parametrize("masked", [UNMASKED, True])
 def test_several_steps_of_blocks_equal_the_reference(causal, masked, monkeypatch):
     """With steps as short as the reference can follow: guards what one step gives the next."""
     monkeypatch.setattr(_blocked, "_STEP", 16)
@@ -208,8 +209,8 @@ def test_gradients_through_a_state_equal_the_reference(causal):
 
 @pytest.mark.parametrize("implementation", NEAR)
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("scale", [1.0, 8.0])
-@pytest.mark.parametrize("window", [37, 64])
+@pytest.mark.parametrize("scale", [pytest.param(1.0, marks=pytest.mark.slow_on_jax), 8.0])
+@pytest.mark.parametrize("window", [37, pytest.param(64, marks=pytest.mark.slow_on_jax)])
 def test_a_window_as_long_as_the_sequence_is_softmax_attention(
     implementation, causal, scale, window
 ):
