@@ -210,7 +210,7 @@ def _is_functional(model: keras.Model) -> bool:
 
 def _load(preset: str) -> keras.Model:
     """Load the task in a preset, or the backbone where there is no task."""
-    import keras_performer.models  # noqa: F401 - registers the classes that a preset names
+    import keras_performer.convert  # noqa: F401 - registers the classes that a preset names
     from keras_performer.models._load_preset import check_files, has_head
     from keras_performer.presets import preset_path
 
@@ -300,7 +300,7 @@ def run_job(text: str) -> None:
 
 
 def _load_saved(file: str, modules: list[str]) -> keras.Model:
-    import keras_performer.models  # noqa: F401 - registers its classes
+    import keras_performer.convert  # noqa: F401 - registers its classes, and those of models
 
     missing = []
     for name in modules:

@@ -15,6 +15,7 @@ import pytest
 
 import keras_performer
 import keras_performer.callbacks
+import keras_performer.convert
 import keras_performer.feature_maps
 import keras_performer.layers
 import keras_performer.models
@@ -22,7 +23,7 @@ import keras_performer.models
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "keras_performer"
 # Each part may import those before it. Presets are found by path, so nothing lies below them.
-PARTS = ("presets", "ops", "feature_maps", "layers", "callbacks", "models", "export")
+PARTS = ("presets", "ops", "feature_maps", "layers", "callbacks", "models", "convert", "export")
 FRAMEWORKS = {"tensorflow", "jax", "torch"}
 
 
@@ -76,8 +77,8 @@ def test_only_ops_and_export_know_the_backend(path):
     part = part_of(module_name(path))
     if part in ("ops", "export"):
         return
-    # Strings are tokenized in tf.data under every backend.
-    known = {"tensorflow"} if part == "models" else set()
+    # Strings are tokenized in tf.data under every backend, and files of PyTorch need PyTorch.
+    known = {"models": {"tensorflow"}, "convert": {"torch"}}.get(part, set())
     assert not {name.split(".")[0] for name in imported_modules(path)} & FRAMEWORKS - known
     called = {
         ast.unparse(node.func)
@@ -127,7 +128,7 @@ def test_layers_leave_tensorflow_out():
 def test_examples_of_docstrings(name):
     module = importlib.import_module(name)
     names = {"keras": keras, "np": np, "keras_performer": keras_performer}
-    for home in (keras_performer.models, keras_performer.layers):
+    for home in (keras_performer.convert, keras_performer.models, keras_performer.layers):
         names.update({public: getattr(home, public) for public in home.__all__})
     result = doctest.testmod(
         module,
@@ -138,7 +139,7 @@ def test_examples_of_docstrings(name):
 
 
 def public_objects():
-    for home in ("ops", "feature_maps", "layers", "callbacks", "models"):
+    for home in ("ops", "feature_maps", "layers", "callbacks", "models", "convert"):
         module = importlib.import_module(f"keras_performer.{home}")
         for name in module.__all__:
             yield pytest.param(getattr(module, name), id=f"{home}.{name}")

@@ -2,7 +2,9 @@
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+import functools
+import inspect
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 
@@ -58,3 +60,61 @@ def record(layer: Any, query: Any, key: Any, key_mask: Any, causal: bool, segmen
     records = _RECORDS.get()
     if records is not None:
         records.append(AttentionRecord(layer, query, key, key_mask, causal, segment_ids))
+
+
+class AttentionCall(NamedTuple):
+    """What one call of a `PerformerAttention` was given and returned."""
+
+    layer: Any
+    """The layer."""
+    arguments: dict[str, Any]
+    """The arguments of `call`, by name."""
+    output: Any
+    """What it returned."""
+
+
+_CALLS: contextvars.ContextVar[list[AttentionCall] | None] = contextvars.ContextVar(
+    "calls", default=None
+)
+
+
+@contextlib.contextmanager
+def record_calls() -> Iterator[list[AttentionCall]]:
+    """Collect an `AttentionCall` of every call of a `PerformerAttention` inside this context.
+
+    Within a compiled function its tensors are those of that function, to compute on.
+
+    **Returns** The list that calls are added to, in their order.
+
+    **Example**
+
+    >>> layer = keras_performer.layers.PerformerAttention(num_heads=2, key_dim=8)
+    >>> x = np.ones((1, 5, 12), "float32")
+    >>> with record_calls() as calls:
+    ...     _ = layer(x, x, use_causal_mask=True)
+    >>> calls[0].arguments["use_causal_mask"], tuple(calls[0].output.shape)
+    (True, (1, 5, 12))
+    """
+    calls: list[AttentionCall] = []
+    token = _CALLS.set(calls)
+    try:
+        yield calls
+    finally:
+        _CALLS.reset(token)
+
+
+def recorded(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Let `record_calls` see the calls of a layer's `call`."""
+    signature = inspect.signature(call)
+
+    @functools.wraps(call)
+    def recorded_call(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        output = call(layer, *args, **kwargs)
+        calls = _CALLS.get()
+        if calls is not None:
+            arguments = signature.bind(layer, *args, **kwargs).arguments
+            arguments.pop("self")
+            calls.append(AttentionCall(layer, arguments, output))
+        return output
+
+    return recorded_call

@@ -13,7 +13,7 @@ from keras_performer.layers._arguments import (
     optional_int,
     positive_int,
 )
-from keras_performer.layers._recording import record
+from keras_performer.layers._recording import record, recorded
 from keras_performer.layers.rotary import rotate
 from keras_performer.ops import (
     empty_favor_state,
@@ -310,6 +310,7 @@ class PerformerAttention(keras.layers.Layer):
             self._feature_map.build((None, None, groups, self.key_dim))
         self.built = True
 
+    @recorded
     def call(
         self,
         query: Any,

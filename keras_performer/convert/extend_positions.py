@@ -1,0 +1,119 @@
+"""Longer learned position embeddings."""
+
+from typing import Any
+
+import keras
+import keras_hub
+import numpy as np
+
+from keras_performer.convert._rebuild import (
+    clone_graph,
+    copy_layer,
+    freeze_as,
+    is_backbone,
+    is_graph,
+    is_task,
+    rebuild_backbone,
+    rebuild_task,
+)
+
+_LAYERS = (keras_hub.layers.PositionEmbedding, keras_hub.layers.TokenAndPositionEmbedding)
+
+
+def extend_positions(model: keras.Model, length: int, method: str = "tile") -> Any:
+    """Make a model that reads longer inputs, by extending its learned position embeddings.
+
+    Takes what `performerize` takes, before or after it: keras-hub's BERT, RoBERTa, DistilBERT and
+    GPT-2 (and ESM with absolute positions), and functional or sequential models with keras-hub's
+    `PositionEmbedding` or `TokenAndPositionEmbedding`.
+
+    "tile" repeats the table: what the model does with inputs of the old length does not change, and
+    near tokens keep their distances, but for those across a seam. "interpolate" stretches it, so
+    that every place is new, and near tokens get nearly equal positions. Either way fine-tune on
+    long inputs.
+
+    **Args**
+        model: A built model. It is not changed.
+        length: The new number of positions, above the old one.
+        method: "tile" or "interpolate" (linearly).
+
+    **Returns** A new model of the same class, which shares no weight with `model`. The preprocessor
+    of a task is the same object: set its `sequence_length` for longer strings.
+
+    **Raises** ValueError if `length` is not above the old one, for an unknown method, and for
+    models without learned positions, such as those with rotary ones, which have no longest input.
+
+    **Example**
+
+    >>> x = keras.Input((None, 8))
+    >>> model = keras.Model(x, keras_hub.layers.PositionEmbedding(4)(x))
+    >>> longer = extend_positions(model, 8)
+    >>> tuple(longer(np.ones((1, 8, 8), "float32")).shape)
+    (1, 8, 8)
+
+    **Source** Beltagy et al. 2020, arXiv 2004.05150, section 5, for tiling.
+    """
+    if method not in ("tile", "interpolate"):
+        raise ValueError(f"method must be 'tile' or 'interpolate'. Received: method={method!r}")
+    extended: list[Any] = []
+
+    def fill(old: Any, new: Any, first: int = 0) -> None:
+        if not isinstance(old, _LAYERS):
+            copy_layer(old, new)
+            return
+        if old.sequence_length >= length:
+            raise ValueError(
+                "length must be above the number of positions that the model has. Received: "
+                f"length={length}, and {old.sequence_length} positions in layer {old.name!r}"
+            )
+        extended.append(freeze_as(old, new))
+        new.set_weights(
+            [
+                # The tables of tokens have other shapes; that of positions is the one that differs.
+                value if value.shape == place.shape else _extend(value, length, method, first)
+                for value, place in zip(old.get_weights(), new.weights, strict=True)
+            ]
+        )
+
+    def make(layer: Any) -> Any:
+        if is_task(layer):
+            return rebuild_task(layer, type(layer), make(layer.backbone))
+        if is_backbone(layer):
+            first = 0
+            if isinstance(layer, keras_hub.models.ESMBackbone):
+                # Its places are counted from the padding token's number.
+                first = layer.pad_token_id
+            return rebuild_backbone(
+                layer,
+                type(layer),
+                lambda old, new: fill(old, new, first),
+                max_sequence_length=length,
+            )
+        if is_graph(layer):
+            return clone_graph(layer, make, fill)
+        config = layer.get_config()
+        if isinstance(layer, _LAYERS):
+            config["sequence_length"] = length
+        return type(layer).from_config(config)
+
+    longer = make(model)
+    if not extended:
+        raise ValueError(
+            "This model has no learned positions that extend_positions knows; with rotary "
+            f"positions it needs none. Received: model {model.name!r} of class "
+            f"{type(model).__name__}"
+        )
+    return longer
+
+
+def _extend(table: np.ndarray, length: int, method: str, first: int) -> np.ndarray:
+    """Extend a table of positions; rows before `first` belong to none."""
+    table, unused = table[first:], table[:first]
+    places = np.arange(length - first)
+    if method == "tile":
+        return np.concatenate([unused, table[places % len(table)]])
+    places = places * ((len(table) - 1) / (len(places) - 1))
+    below = np.minimum(places.astype(int), len(table) - 2)
+    share = (places - below)[:, None]
+    longer = table[below] * (1 - share) + table[below + 1] * share
+    return np.concatenate([unused, longer.astype(table.dtype)])
