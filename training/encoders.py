@@ -1,0 +1,74 @@
+"""The encoder that a classifier is put on: a new one, or one that was pretrained."""
+
+from typing import TYPE_CHECKING, Any
+
+from training.sections import ModelConfig
+
+if TYPE_CHECKING:
+    from keras_performer.models import PerformerEncoderBackbone
+
+# Keras chooses its backend when it is imported, so nothing that imports it stands up here.
+
+
+def build_encoder(
+    section: ModelConfig,
+    vocabulary_size: int,
+    tokenizer: Any,
+    preset: str | None,
+    seed: int,
+    precision: str,
+) -> "PerformerEncoderBackbone":
+    """Return an untrained encoder, or the one in a preset of any task, such as a masked LM.
+
+    A preset decides its own shape and attention: of the section only `dropout` is read then.
+
+    **Args**
+        section: Section `[model]` of the config.
+        vocabulary_size: Number of token ids.
+        tokenizer: What makes token ids; None if the data come as ids.
+        preset: Name or folder of a preset.
+        seed: Of the initial weights and of dropout.
+        precision: Dtype policy.
+
+    **Raises** ValueError if the preset is damaged or unknown, has other tokens, or another
+    attention than the section names.
+    """
+    from keras_performer.models import PerformerEncoderBackbone
+
+    if preset is None:
+        return PerformerEncoderBackbone(
+            vocabulary_size=vocabulary_size, **section.arguments(), seed=seed, dtype=precision
+        )
+    encoder = PerformerEncoderBackbone.from_preset(
+        preset, dropout=section.dropout, seed=seed, dtype=precision
+    )
+    if tokenizer is not None:
+        type(tokenizer).from_preset(preset)  # Refuses another class or vocabulary.
+    if encoder.vocabulary_size != vocabulary_size:
+        raise ValueError(
+            f"The preset has {encoder.vocabulary_size} token ids, and the data have "
+            f"{vocabulary_size}. Choose a preset with the same tokens. Received: {preset}"
+        )
+    if encoder.attention != section.attention:
+        raise ValueError(
+            f"The preset's attention is {encoder.attention!r}, and 'model.attention' is "
+            f"{section.attention!r}. Pass --set model.attention={encoder.attention}, or another "
+            f"preset. Received: {preset}"
+        )
+    return encoder
+
+
+def tokenizer_of(model: Any) -> Any:
+    """Return the tokenizer of a task, or None if its data come as token ids."""
+    return model.preprocessor and model.preprocessor.tokenizer
+
+
+def encoder_phrase(encoder: "PerformerEncoderBackbone", preset: str | None) -> str:
+    """Return what a recipe says of its encoder."""
+    phrase = (
+        f"{encoder.num_layers} layers of width {encoder.hidden_dim}, {encoder.num_heads} heads "
+        f"({encoder.attention})"
+    )
+    if preset is not None:
+        phrase += f", all from {preset}; of [model] only dropout is read"
+    return phrase
