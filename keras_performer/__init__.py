@@ -11,13 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from keras_performer.export import export
-    from keras_performer.presets import preset_path, presets
+    from keras_performer.presets import preset_path, presets, verify
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "export", "preset_path", "presets"]
+__all__ = ["__version__", "export", "preset_path", "presets", "verify"]
 
-_HOMES = {"export": "export", "preset_path": "presets", "presets": "presets"}
+_HOMES = {
+    "export": "export",
+    "preset_path": "presets",
+    "presets": "presets",
+    "verify": "presets",
+}
 
 
 class _Package(ModuleType):

@@ -212,9 +212,9 @@ def _load(preset: str) -> keras.Model:
     """Load the task in a preset, or the backbone where there is no task."""
     import keras_performer.convert  # noqa: F401 - registers the classes that a preset names
     from keras_performer.models._load_preset import check_files, has_head
-    from keras_performer.presets import preset_path
+    from keras_performer.presets import local_folder
 
-    folder = Path(preset) if os.path.isdir(preset) else preset_path(preset)
+    folder = local_folder(preset)
     check_files(folder, wants_weights=True, has_head=False)
     file = folder / ("task.json" if (folder / "task.json").is_file() else "config.json")
     name = json.loads(file.read_text(encoding="utf-8"))["registered_name"]

@@ -1,7 +1,9 @@
 import importlib
 import importlib.util
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -52,12 +54,20 @@ def to_numpy(x):
     return keras.ops.convert_to_numpy(x)
 
 
+def describe(folder):
+    """Write what makes a folder of the zoo a preset that is found by name."""
+    weights = {"parameters": 5, "bytes": 10}
+    record = {"task": "PerformerMaskedLM", "summary": "Tiny.", "weights": weights, "metrics": []}
+    (folder / "metrics.json").write_text(json.dumps(record))
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A preset in a zoo, and the outputs of the task and of its backbone."""
     task = make_task()
     folder = tmp_path_factory.mktemp("zoo") / "tiny-protein"
     task.save_to_preset(str(folder))
+    describe(folder)
     x = masked_inputs()
     hidden = task.backbone({name: x[name] for name in ("token_ids", "padding_mask")})
     return folder, to_numpy(task(x)), to_numpy(hidden)
@@ -120,11 +130,16 @@ def test_a_head_can_be_started_on_a_backbone_alone(tmp_path):
 def test_presets_are_found_by_name_in_the_package_and_beside_it(saved, tmp_path, monkeypatch):
     inside = tmp_path / "_zoo"
     (inside / "other").mkdir(parents=True)
-    (inside / "other" / "config.json").write_text("{}")
+    describe(inside / "other")
     (inside / "no-preset").mkdir()
-    monkeypatch.setattr(PRESETS_MODULE, "_ZOOS", (inside, saved[0].parent))
-    assert keras_performer.presets() == ["other", "tiny-protein"]
-    assert keras_performer.preset_path("tiny-protein") == saved[0]
+    beside = tmp_path / "zoo"
+    (beside / "other").mkdir(parents=True)
+    describe(beside / "other")
+    shutil.copytree(saved[0], beside / "tiny-protein")
+    monkeypatch.setattr(PRESETS_MODULE, "_ZOOS", (inside, beside))
+    assert list(keras_performer.presets()) == ["other", "tiny-protein"]
+    assert keras_performer.preset_path("tiny-protein") == str(beside / "tiny-protein")
+    assert keras_performer.preset_path("other") == str(inside / "other")
     task = PerformerMaskedLM.from_preset("tiny-protein")
     np.testing.assert_array_equal(to_numpy(task(masked_inputs())), saved[1])
     assert ProteinTokenizer.from_preset("tiny-protein").vocabulary_size() == 30
@@ -198,7 +213,10 @@ from keras_performer import models
 folder, names = sys.argv[1], sys.argv[2:]
 outputs = {}
 for name in names:
-    task = getattr(models, name).from_preset(f"{folder}/{name}")
+    if name == "performer_tiny":
+        task = models.PerformerMaskedLM.from_preset(name)
+    else:
+        task = getattr(models, name).from_preset(f"{folder}/{name}")
     outputs[name] = keras.ops.convert_to_numpy(task(dict(np.load(f"{folder}/{name}.npz"))))
 np.savez(f"{folder}/{keras.config.backend()}.npz", **outputs)
 """
@@ -224,6 +242,8 @@ def make_tasks():
             token_inputs(),
         ),
         "PerformerTokenClassifier": (PerformerTokenClassifier(encoder, 4), token_inputs()),
+        # Of the zoo, which the other backends load by name.
+        "performer_tiny": (PerformerMaskedLM.from_preset("performer_tiny"), masked_inputs()),
     }
 
 

@@ -10,7 +10,7 @@ import h5py
 import keras
 import keras_hub
 
-from keras_performer.presets import preset_path
+from keras_performer.presets import local_folder, verify_folder
 
 _Class = TypeVar("_Class", bound=type)
 
@@ -27,7 +27,8 @@ def load_by_name(cls: _Class) -> _Class:
     keras-hub takes (`hf://...`).
 
     **Raises** (from `from_preset`) ValueError if a name is unknown, or if a file of a local preset
-    is missing or cannot be read; the message names the file.
+    is missing, cannot be read, or is not the one that its `SHA256SUMS` records; the message names
+    the file.
     """
     load = cls.from_preset.__func__
 
@@ -36,7 +37,8 @@ def load_by_name(cls: _Class) -> _Class:
         preset = os.fspath(preset)
         if "://" in preset:
             return load(cls, preset, *args, **kwargs)
-        folder = Path(preset) if os.path.isdir(preset) else preset_path(preset)
+        folder = local_folder(preset)
+        verify_folder(folder)
         load_weights = args[0] if args else kwargs.get("load_weights", True)
         wants_weights = issubclass(cls, keras.Model) and load_weights
         check_files(folder, wants_weights, has_head(cls))
