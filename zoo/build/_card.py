@@ -1,7 +1,6 @@
 """The card of a preset, made from its `metrics.json`."""
 
 import json
-import pprint
 from pathlib import Path
 
 import matplotlib
@@ -60,8 +59,8 @@ all, on {record.hardware}, with {record.backend}.
 
 ![Loss over steps](curve.png)
 
-```python
-{pprint.pformat(record.config, width=96, sort_dicts=False)}
+```json
+{json.dumps(record.config, indent=2)}
 ```
 
 Rebuild it, from the root of the repository:
