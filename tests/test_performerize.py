@@ -188,6 +188,7 @@ def test_nested_models_shared_layers_and_frozen_ones():
     assert len(converted.trainable_variables) == len(model.trainable_variables)
 
 
+@pytest.mark.slow_on_jax
 def test_keras_masks_reach_the_converted_layers():
     ids = keras.Input((None,), dtype="int32")
     x = keras.layers.Embedding(31, 10, mask_zero=True)(ids)
@@ -210,7 +211,8 @@ def cross_model(**sizes):
     return randomize(keras.Model([source, target, *masks], decoded))
 
 
-@pytest.mark.parametrize("normalize_first", [True, *slow_on_jax(False)])
+@pytest.mark.slow_on_jax
+@pytest.mark.parametrize("normalize_first", [True, False])
 def test_transformer_layers_with_cross_attention(normalize_first):
     model = cross_model(normalize_first=normalize_first)
     (source, mask), (target, _) = tokens(0), tokens(1)

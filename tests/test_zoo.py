@@ -355,7 +355,7 @@ def test_the_card_tells_everything(zoo):
         *(RECORD.summary, RECORD.data.source, RECORD.data.licence, RECORD.data.split),
         *(RECORD.hardware, RECORD.backend, RECORD.evaluation, RECORD.softmax_twin),
         *(RECORD.baseline, RECORD.intended_use, RECORD.rebuild, *RECORD.limits),
-        *("2 proteins to train on, 1 held out", "'num_layers': 1", "1,234,567 tokens", "20 steps"),
+        *("2 proteins to train on, 1 held out", '"num_layers": 1', "1,234,567 tokens", "20 steps"),
         *("61 seconds", "(curve.png)", f"{task.count_params():,} parameters"),
         "| perplexity (lower is better) | 17.25 | – | 18.5 |",
         "| accuracy in % (higher is better) | 11.5 | – | 9.5 |",
