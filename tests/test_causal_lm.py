@@ -106,6 +106,7 @@ def test_samplers_keep_the_prompts(sampler):
         assert set(text) <= set("ACDEFGHIKLMNPQRSTVWYXBUZO<unkmas>")
 
 
+@pytest.mark.slow_on_jax
 def test_a_beam_of_one_is_greedy_and_more_beams_are_no_worse():
     model = make_model()
     greedy = model.generate(PROMPTS, stop_token_ids=None)
@@ -195,6 +196,7 @@ def test_an_encoder_streams_block_by_block(kind):
         assert_close(hidden, whole[:, start:], "layer")
 
 
+@pytest.mark.slow_on_jax
 def test_several_encoder_layers_stream_as_a_block_causal_mask():
     """With softmax attention the mask can be written down: Keras's own layers are the oracle."""
     backbone = make_backbone(PerformerEncoderBackbone, attention="softmax", qk_norm=False,
@@ -234,6 +236,7 @@ def test_the_future_does_not_matter():
     assert np.abs(after - before)[:, 7:].max() > 0.1
 
 
+@pytest.mark.slow_on_jax
 def test_learns_from_strings():
     model = make_model()
     model.compile("adam", sampler="greedy")
@@ -279,7 +282,13 @@ def test_untied_weights_and_every_option_come_back(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "length"), [({}, 9), ({"dropout": 0.2}, 9), ({}, 300), ({"exact_window": 16}, 700)]
+    ("options", "length"),
+    [
+        pytest.param({}, 9, marks=pytest.mark.slow_on_jax),
+        pytest.param({"dropout": 0.2}, 9, marks=pytest.mark.slow_on_jax),
+        ({}, 300),
+        pytest.param({"exact_window": 16}, 700, marks=pytest.mark.slow_on_jax),
+    ],
 )
 def test_recomputed_blocks_have_the_same_gradients(options, length):
     """One step of plain SGD moves every weight the same way with and without `remat`.

@@ -40,6 +40,8 @@ FAST = [
     for name in implementations(4, segmented)
     if name != "reference"
 ]
+# Where time is short the causal pass, which also carries runs, stands for both.
+NOT_CAUSAL = pytest.param(False, marks=pytest.mark.slow_on_jax)
 # (length, window): one tile, several, a window as long as the sequence, an odd one.
 SIZES = [
     (1, 4),
@@ -137,7 +139,7 @@ def test_equals_the_reference(implementation, causal, masked, segmented, length,
 
 
 @pytest.mark.parametrize(("implementation", "segmented"), FAST)
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("causal", [NOT_CAUSAL, True])
 @pytest.mark.parametrize("masked", [UNMASKED, True])
 def test_gradients_equal_the_reference(implementation, causal, masked, segmented):
     length = 150
@@ -153,7 +155,7 @@ def test_gradients_equal_the_reference(implementation, causal, masked, segmented
     assert all(np.abs(g).max() > 1e-2 for g in actual)
 
 
-@pytest.mark.parametrize("causal", [UNMASKED, True])
+@pytest.mark.parametrize("causal", [NOT_CAUSAL, True])
 @pytest.mark.parametrize("masked", [UNMASKED, True])
 def test_several_steps_of_blocks_equal_the_reference(causal, masked, monkeypatch):
     """With steps as short as the reference can follow: guards what one step gives the next."""
@@ -171,7 +173,7 @@ def test_several_steps_of_blocks_equal_the_reference(causal, masked, monkeypatch
     assert_gradients_close(actual_gradients, expected_gradients)
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("causal", [NOT_CAUSAL, True])
 def test_gradients_through_a_state_equal_the_reference(causal):
     """Guards against a window, a sink or a sum that the state passes on without its gradient."""
     first = 45

@@ -332,9 +332,7 @@ def task_of(name):
 
 
 @pytest.mark.usefixtures("eagerly")
-@pytest.mark.parametrize(
-    "name", [TASKS[0], *slow_on_jax(*TASKS[1:3]), *slow_but_on_torch(*TASKS[3:])]
-)
+@pytest.mark.parametrize("name", [*slow_on_jax(*TASKS[:3]), *slow_but_on_torch(*TASKS[3:])])
 def test_tasks_stay_tasks_and_survive_their_files(name, tmp_path):
     task = task_of(name)
     converted = performerize(task, **EXACT)
