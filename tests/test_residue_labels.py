@@ -84,9 +84,9 @@ def test_a_state_for_each_letter_is_learned(chains, tmp_path):
     )
     assert json.loads((output / "metrics.json").read_text(encoding="utf-8")) == metrics
     model, majority = metrics["test"]["model"], metrics["test"]["majority"]
-    assert model["q8"] > 0.95 > 0.5 > majority["q8"]
+    assert model["q8"] > 0.85 > 0.5 > majority["q8"]
     assert model["q3"] >= model["q8"] and majority["q3"] > majority["q8"]
-    assert model["q8_per_protein"]["mean"] > 0.95
+    assert model["q8_per_protein"]["mean"] > 0.85
     assert model["cross_entropy"] < 0.5 * majority["cross_entropy"]
     assert sum(metrics[f"{part}_proteins"] for part in ("train", "validation", "test")) == 160
     assert metrics["reload_max_abs_difference"] <= 1e-5
