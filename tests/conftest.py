@@ -19,6 +19,17 @@ def compiled_functions_end_with_their_module():
         gc.collect()
 
 
+@pytest.fixture
+def eager(monkeypatch):
+    """TensorFlow takes longer to compile than to run a few steps as they are; JAX does not."""
+    compile_model = keras.Model.compile
+
+    def compile_eagerly(self, *args, **kwargs):
+        compile_model(self, *args, **kwargs, run_eagerly=keras.config.backend() == "tensorflow")
+
+    monkeypatch.setattr(keras.Model, "compile", compile_eagerly)
+
+
 def pytest_collection_modifyitems(items):
     """Mark `slow_on_jax` as slow where JAX runs: it compiles every new shape."""
     for item in items:

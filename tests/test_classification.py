@@ -72,17 +72,6 @@ def proteins(tmp_path_factory):
     return write_proteins(tmp_path_factory.mktemp("data") / "p.jsonl")
 
 
-@pytest.fixture
-def eager(monkeypatch):
-    """TensorFlow takes longer to compile than to run a few steps as they are; JAX does not."""
-    compile_model = keras.Model.compile
-
-    def compile_eagerly(self, *args, **kwargs):
-        compile_model(self, *args, **kwargs, run_eagerly=BACKEND == "tensorflow")
-
-    monkeypatch.setattr(keras.Model, "compile", compile_eagerly)
-
-
 def test_a_letter_that_decides_is_learned(proteins, tmp_path):
     output = tmp_path / "run"
     changes = {"training.steps": 40, "training.steps_per_epoch": 20}

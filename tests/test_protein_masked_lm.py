@@ -104,17 +104,6 @@ def test_the_job_learns_and_writes_what_it_says(finished, fasta):
     assert model.preprocessor(["MKTAY"])[0]["token_ids"].shape == (1, 48)
 
 
-@pytest.fixture
-def eager(monkeypatch):
-    """TensorFlow takes longer to compile than to run a few steps as they are; JAX does not."""
-    compile_model = keras.Model.compile
-
-    def compile_eagerly(self, *args, **kwargs):
-        compile_model(self, *args, **kwargs, run_eagerly=BACKEND == "tensorflow")
-
-    monkeypatch.setattr(keras.Model, "compile", compile_eagerly)
-
-
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(fasta, tmp_path, monkeypatch, eager):
     # Dropout, lengths by bucket, accumulated gradients and new features: all of it comes back.
     changes = {

@@ -65,17 +65,6 @@ def chains(tmp_path_factory):
     return write(tmp_path_factory.mktemp("data") / "c.jsonl", rows)
 
 
-@pytest.fixture
-def eager(monkeypatch):
-    """TensorFlow takes longer to compile than to run a few steps as they are; JAX does not."""
-    compile_model = keras.Model.compile
-
-    def compile_eagerly(self, *args, **kwargs):
-        compile_model(self, *args, **kwargs, run_eagerly=BACKEND == "tensorflow")
-
-    monkeypatch.setattr(keras.Model, "compile", compile_eagerly)
-
-
 def test_a_state_for_each_letter_is_learned(chains, tmp_path):
     output = tmp_path / "run"
     changes = {"training.steps": 40, "training.steps_per_epoch": 20}

@@ -7,7 +7,6 @@ keras-hub preset, loads it back, and generates from it.
 
 import argparse
 import dataclasses
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -18,13 +17,21 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from training.command import make_parser, prepare_output, start_keras, write_json
+from training.command import make_parser, prepare_output, start_keras
 from training.config import load_config
-from training.data.examples import load_examples
+from training.data.examples import load_examples, texts_sha256
 from training.data.packed_windows import PackedWindows
-from training.data.protein_sources import SOURCES, load_proteins, texts_sha256
+from training.data.protein_sources import SOURCES, load_proteins
 from training.data.text import load_text
-from training.sections import ModelConfig, TrainingConfig, require
+from training.results import (
+    RELOAD_TOLERANCE,
+    difference,
+    finish,
+    logits_of,
+    run_facts,
+    run_table,
+)
+from training.sections import Experiment, ModelConfig, TrainingConfig, require
 
 if TYPE_CHECKING:
     import keras
@@ -36,8 +43,6 @@ if TYPE_CHECKING:
 # What it writes at the end, and how much of the first test sequence it is given.
 SAMPLE_TOKENS = 256
 PROMPT_CHARACTERS = {"text": 64, "proteins": 8}
-# Beyond this, a reloaded model is not the model that was trained.
-RELOAD_TOLERANCE = 1e-5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,16 +72,12 @@ class CausalLMTrainingConfig(TrainingConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Experiment):
     """The whole experiment."""
 
-    seed: int
     data: DataConfig
     model: ModelConfig
     training: CausalLMTrainingConfig
-
-    def __post_init__(self) -> None:
-        require(0 <= self.seed < 2**32, "seed", "at least 0 and below 2**32")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,17 +145,20 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     reloaded = PerformerCausalLM.from_preset(str(preset))
     length = min(config.data.sequence_length, SAMPLE_TOKENS)
     prompt = corpus.test[0][: min(PROMPT_CHARACTERS[corpus.kind], length // 4)]
-    token_ids = tokenizer.tokenize(corpus.test[0][:256])
-    metrics["reload_max_abs_difference"] = reload_difference(model, reloaded, token_ids)
+    token_ids = np.array([tokenizer.tokenize(corpus.test[0][:256])], "int32")
+    x = {"token_ids": token_ids, "padding_mask": np.ones_like(token_ids)}
+    logits = (logits_of(model, x), logits_of(reloaded, x))
+    metrics["reload_max_abs_difference"] = difference(
+        "the reloaded preset", *logits, RELOAD_TOLERANCE
+    )
     reloaded.compile(sampler="top_p")
     metrics["sample"] = reloaded.generate(prompt, max_length=length)
     console.print(f"Preset: {preset}. What it writes after {prompt!r}:")
     console.print(metrics["sample"], markup=False)
 
-    metrics.update(run_facts(config, corpus, windows, time.perf_counter() - started))
-    write_json(output / "metrics.json", metrics)
-    shutil.rmtree(output / "backup", ignore_errors=True)
-    console.print(f"Finished in {metrics['seconds']:.0f} s. Figures: {output / 'metrics.json'}")
+    seconds, num_tokens = time.perf_counter() - started, windows["train"].num_tokens
+    metrics.update(run_facts(config, corpus.source, seconds, train_tokens=num_tokens))
+    finish(output, metrics, console)
     return metrics
 
 
@@ -241,8 +245,6 @@ def describe(
     output: Path,
 ) -> Table:
     """Return a table of what the job is going to do."""
-    import keras
-
     training, shape = config.training, config.model
     tokens = training.steps * training.batch_size * config.data.sequence_length
     passes = tokens / windows["train"].num_tokens
@@ -255,13 +257,8 @@ def describe(
         f"({shape.attention}, {shape.num_features} features), {model.count_params():,} parameters",
         "training": f"{training.steps:,} steps of {training.batch_size} windows ({tokens:,} "
         f"tokens, {passes:.1f} passes), AdamW, {training.precision}",
-        "backend": f"keras {keras.version()} on {keras.config.backend()}",
-        "output": f"{output}" + (" (resumes a run)" if (output / "backup").is_dir() else ""),
     }
-    table = Table(title="Causal language model", show_header=False)
-    for row in rows.items():
-        table.add_row(*row)
-    return table
+    return run_table("Causal language model", rows, output)
 
 
 def train(
@@ -392,43 +389,6 @@ def comparison_table(result: dict[str, Any]) -> Table:
     for name, label in (("model", "model"), ("unigram", "unigram frequencies")):
         table.add_row(label, *(f"{result[name][key]:.4f}" for key in columns))
     return table
-
-
-def reload_difference(
-    model: "PerformerCausalLM", reloaded: "PerformerCausalLM", token_ids: Sequence[int]
-) -> float:
-    """Return the largest difference of the two models' logits, or raise RuntimeError."""
-    import keras
-
-    ids = keras.ops.convert_to_tensor([token_ids], "int32")
-    x = {"token_ids": ids, "padding_mask": keras.ops.ones_like(ids)}
-    logits = [
-        np.asarray(keras.ops.convert_to_numpy(part(x, training=False)), "float32")
-        for part in (model, reloaded)
-    ]
-    largest = float(np.abs(logits[0] - logits[1]).max())
-    if not largest <= RELOAD_TOLERANCE:
-        raise RuntimeError(
-            f"The logits of the reloaded preset differ from the trained model's by {largest:.2e}, "
-            f"more than {RELOAD_TOLERANCE:.0e}."
-        )
-    return largest
-
-
-def run_facts(
-    config: Config, corpus: Corpus, windows: dict[str, PackedWindows], seconds: float
-) -> dict[str, Any]:
-    """Return what identifies the run."""
-    import keras
-
-    return {
-        "seconds": seconds,
-        "backend": keras.config.backend(),
-        "keras": keras.version(),
-        "source": corpus.source,
-        "train_tokens": windows["train"].num_tokens,
-        "config": dataclasses.asdict(config),
-    }
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ random window, another one in each pass, and scoring its start. ListOps are cut 
 
 import argparse
 import dataclasses
-import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -26,15 +25,26 @@ from training.command import make_parser, prepare_output, start_keras, write_jso
 from training.config import load_config
 from training.data.documents import NUM_FOLDS, load_brown, load_spam_assassin, load_tfds
 from training.data.enzyme_class import load_enzyme_classes
-from training.data.examples import Splits, labels_of, load_examples
+from training.data.examples import (
+    Splits,
+    columns_of,
+    labels_of,
+    load_examples,
+    texts_sha256,
+)
 from training.data.list_ops import VOCABULARY, encode, load_list_ops
 from training.data.localisation import load_localisation
 from training.data.padded_rows import bracket, pad_rows
-from training.data.protein_sources import texts_sha256
-from training.encoders import build_encoder, encoder_phrase, tokenizer_of
-from training.results import predict_in_batches, reload_difference, run_facts
+from training.encoders import add_preset_flag, build_encoder, encoder_phrase, tokenizer_of
+from training.results import (
+    finish,
+    predict_in_batches,
+    reload_difference,
+    run_facts,
+    run_table,
+)
 from training.scores import (
-    class_scores,
+    class_rows,
     confusion_matrix,
     log_frequencies,
     macro_f1,
@@ -42,7 +52,7 @@ from training.scores import (
     surprise,
     wilson_interval,
 )
-from training.sections import ModelConfig, TrainingConfig, require
+from training.sections import Experiment, ModelConfig, TrainingConfig, require
 
 if TYPE_CHECKING:
     import keras
@@ -124,17 +134,13 @@ class ClassifierTrainingConfig(TrainingConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Experiment):
     """The whole experiment."""
 
-    seed: int
     data: DataConfig
     model: ModelConfig
     training: ClassifierTrainingConfig
     head: HeadConfig = HeadConfig()
-
-    def __post_init__(self) -> None:
-        require(0 <= self.seed < 2**32, "seed", "at least 0 and below 2**32")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,9 +226,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     metrics.update(run_facts(config, corpus.source, seconds, **counts))
     metrics.update(preset=arguments.preset, attention=model.backbone.attention)
-    write_json(output / "metrics.json", metrics)
-    shutil.rmtree(output / "backup", ignore_errors=True)
-    console.print(f"Finished in {metrics['seconds']:.0f} s. Figures: {output / 'metrics.json'}")
+    finish(output, metrics, console)
     return metrics
 
 
@@ -234,11 +238,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="your own JSONL or CSV, gzip or not, in place of data.source; it is read as what that "
         "source holds (proteins, documents or ListOps), split by the hash of the texts",
     )  # fmt: skip
-    parser.add_argument(
-        "--preset", metavar="NAME_OR_FOLDER",
-        help="train on the encoder of this preset, such as a masked language model; its shape and "
-        "attention replace those of [model], of which only dropout is read then",
-    )  # fmt: skip
+    add_preset_flag(parser)
     return parser.parse_args(argv)
 
 
@@ -303,12 +303,7 @@ def _labelled(splits: Splits, kind: str, source: str) -> Corpus:
         index = {name: number for number, name in enumerate(classes)}
         labels = np.array([index[example.label] for example in examples], "int32")
         parts[split] = Part(texts, labels)
-    columns = [
-        [getattr(example, field) for example in examples]
-        for examples in splits.values()
-        for field in ("text", "label")
-    ]
-    return Corpus(kind, source, classes, parts, texts_sha256(*columns))
+    return Corpus(kind, source, classes, parts, texts_sha256(*columns_of(splits)))
 
 
 def build_model(
@@ -352,8 +347,6 @@ def describe(
     output: Path,
 ) -> Table:
     """Return a table of what the job is going to do."""
-    import keras
-
     training = config.training
     train, validation, test = (len(part.labels) for part in corpus.parts.values())
     passes = training.steps * training.batch_size / train
@@ -364,13 +357,8 @@ def describe(
         "model": f"{encoder_phrase(model.backbone, preset)}; {model.count_params():,} parameters",
         "training": f"{training.steps:,} steps of {training.batch_size} ({passes:.1f} passes), "
         f"AdamW, {training.precision}",
-        "backend": f"keras {keras.version()} on {keras.config.backend()}",
-        "output": f"{output}" + (" (resumes a run)" if (output / "backup").is_dir() else ""),
     }
-    table = Table(title="Classification", show_header=False)
-    for row in rows.items():
-        table.add_row(*row)
-    return table
+    return run_table("Classification", rows, output)
 
 
 def crop(row: np.ndarray, room: int, kind: str, rng: np.random.Generator | None) -> np.ndarray:
@@ -487,16 +475,11 @@ def compare(
     frequencies = log_frequencies(corpus.parts["train"].labels, num_classes)
     baseline = np.broadcast_to(frequencies, logits.shape)
     confusion = confusion_matrix(test.labels, logits.argmax(-1), num_classes)
-    columns = {name: values.tolist() for name, values in class_scores(confusion).items()}
-    columns["examples"] = confusion.sum(1).tolist()
     return {
         "examples": len(test.labels),
         "model": scores(logits, test.labels),
         "majority": scores(baseline, test.labels),
-        "classes": {
-            name: {column: values[i] for column, values in columns.items()}
-            for i, name in enumerate(corpus.classes)
-        },
+        "classes": class_rows(confusion, corpus.classes, "examples"),
     }
 
 

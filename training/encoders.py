@@ -1,5 +1,6 @@
 """The encoder that a classifier is put on: a new one, or one that was pretrained."""
 
+import argparse
 from typing import TYPE_CHECKING, Any
 
 from training.sections import ModelConfig
@@ -8,6 +9,15 @@ if TYPE_CHECKING:
     from keras_performer.models import PerformerEncoderBackbone
 
 # Keras chooses its backend when it is imported, so nothing that imports it stands up here.
+
+
+def add_preset_flag(parser: argparse.ArgumentParser) -> None:
+    """Add `--preset`, which `build_encoder` takes."""
+    parser.add_argument(
+        "--preset", metavar="NAME_OR_FOLDER",
+        help="train on the encoder of this preset, such as a masked language model; its shape and "
+        "attention replace those of [model], of which only dropout is read then",
+    )  # fmt: skip
 
 
 def build_encoder(

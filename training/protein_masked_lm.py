@@ -8,7 +8,6 @@ it. Figures are in nats.
 import argparse
 import dataclasses
 import importlib.util
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -19,12 +18,20 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from training.command import make_parser, prepare_output, start_keras, write_json
+from training.command import make_parser, prepare_output, start_keras
 from training.config import load_config
+from training.data.examples import texts_sha256
 from training.data.fasta import Protein
-from training.data.protein_sources import SOURCES, load_proteins, texts_sha256
-from training.results import RELOAD_TOLERANCE, difference, run_facts
-from training.sections import ModelConfig, TrainingConfig, require
+from training.data.protein_sources import SOURCES, load_proteins
+from training.results import (
+    RELOAD_TOLERANCE,
+    difference,
+    finish,
+    logits_of,
+    run_facts,
+    run_table,
+)
+from training.sections import Experiment, ModelConfig, TrainingConfig, require
 
 if TYPE_CHECKING:
     import keras
@@ -78,16 +85,12 @@ class MaskedLMTrainingConfig(TrainingConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Experiment):
     """The whole experiment."""
 
-    seed: int
     data: DataConfig
     model: ModelConfig
     training: MaskedLMTrainingConfig
-
-    def __post_init__(self) -> None:
-        require(0 <= self.seed < 2**32, "seed", "at least 0 and below 2**32")
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -139,8 +142,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     model.save_to_preset(str(preset))
     reloaded = PerformerMaskedLM.from_preset(str(preset))
     x, y, weights = slice_batch(heldout_batch, 0, 4)
-    logits = predict(reloaded, x)
-    largest = difference("the reloaded preset", predict(model, x), logits, RELOAD_TOLERANCE)
+    logits = logits_of(reloaded, x)
+    largest = difference("the reloaded preset", logits_of(model, x), logits, RELOAD_TOLERANCE)
     metrics["reload_max_abs_difference"] = largest
     console.print(f"Preset: {preset}; loaded back, its logits differ by at most {largest:.1e}.")
     places = x["mask_positions"][0][weights[0] > 0]
@@ -149,14 +152,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     # 6. Export in float32, and run each exported file.
     if config.training.precision != "float32":
         reloaded = PerformerMaskedLM.from_preset(str(preset), dtype="float32")
-        logits = predict(reloaded, x)
+        logits = logits_of(reloaded, x)
     metrics["export_max_abs_difference"] = export_all(reloaded, output, x, logits, console)
 
     counts = {"train_proteins": len(proteins), "heldout_proteins": len(heldout)}
     metrics.update(run_facts(config, source, time.perf_counter() - started, **counts))
-    write_json(output / "metrics.json", metrics)
-    shutil.rmtree(output / "backup", ignore_errors=True)
-    console.print(f"Finished in {metrics['seconds']:.0f} s. Figures: {output / 'metrics.json'}")
+    finish(output, metrics, console)
     return metrics
 
 
@@ -225,8 +226,6 @@ def describe(
     output: Path,
 ) -> Table:
     """Return a table of what the job is going to do."""
-    import keras
-
     training, data, shape = config.training, config.data, config.model
     passes = training.steps * training.batch_size / len(train)
     residues = sum(len(protein.sequence) for protein in train)
@@ -238,13 +237,8 @@ def describe(
         f"({shape.attention}, {shape.num_features} features), {model.count_params():,} parameters",
         "training": f"{training.steps:,} steps of {training.batch_size} proteins ({passes:.1f} "
         f"passes), AdamW, {training.precision}",
-        "backend": f"keras {keras.version()} on {keras.config.backend()}",
-        "output": f"{output}" + (" (resumes a run)" if (output / "backup").is_dir() else ""),
     }
-    table = Table(title="Protein masked language model", show_header=False)
-    for row in rows.items():
-        table.add_row(*row)
-    return table
+    return run_table("Protein masked language model", rows, output)
 
 
 def tokenize(proteins: Sequence[Protein], tokenizer: Any) -> list[np.ndarray]:
@@ -311,14 +305,6 @@ def slice_batch(batch: Any, start: int, stop: int) -> Any:
     x, y, weights = batch
     part = slice(start, stop)
     return {name: array[part] for name, array in x.items()}, y[part], weights[part]
-
-
-def predict(model: "keras.Model", x: dict[str, np.ndarray]) -> np.ndarray:
-    """Return the logits (B, P, vocabulary) of one batch of masked inputs as float32."""
-    import keras
-
-    logits = model(x, training=False)
-    return np.asarray(keras.ops.convert_to_numpy(logits), "float32")
 
 
 def unigram_log_probabilities(proteins: Sequence[np.ndarray], tokenizer: Any) -> np.ndarray:

@@ -10,7 +10,6 @@ pass; for scoring it is cut into windows, so that every residue counts once.
 
 import argparse
 import dataclasses
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -23,20 +22,25 @@ from rich.table import Table
 
 from training.command import make_parser, prepare_output, start_keras, write_json
 from training.config import load_config
-from training.data.examples import Splits, load_examples
+from training.data.examples import Splits, columns_of, load_examples, texts_sha256
 from training.data.padded_rows import bracket, pad_rows
-from training.data.protein_sources import texts_sha256
 from training.data.secondary_structure import Q3, Q8, load_secondary_structure, to_q3
-from training.encoders import build_encoder, encoder_phrase, tokenizer_of
-from training.results import predict_in_batches, reload_difference, run_facts
+from training.encoders import add_preset_flag, build_encoder, encoder_phrase, tokenizer_of
+from training.results import (
+    finish,
+    predict_in_batches,
+    reload_difference,
+    run_facts,
+    run_table,
+)
 from training.scores import (
-    class_scores,
+    class_rows,
     confusion_matrix,
     log_frequencies,
     mean_and_error,
     surprise,
 )
-from training.sections import ModelConfig, TrainingConfig, require
+from training.sections import Experiment, ModelConfig, TrainingConfig, require
 
 if TYPE_CHECKING:
     import keras
@@ -87,16 +91,12 @@ class LabellerTrainingConfig(TrainingConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Experiment):
     """The whole experiment."""
 
-    seed: int
     data: DataConfig
     model: ModelConfig
     training: LabellerTrainingConfig
-
-    def __post_init__(self) -> None:
-        require(0 <= self.seed < 2**32, "seed", "at least 0 and below 2**32")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,12 +138,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             for split, examples in splits.items()
         }
         check_enough(parts, config, source)
-        columns = [
-            [getattr(example, field) for example in examples]
-            for examples in splits.values()
-            for field in ("text", "label")
-        ]
-        digest = texts_sha256(*columns, [arguments.preset or ""])
+        digest = texts_sha256(*columns_of(splits), [arguments.preset or ""])
         output = prepare_output(arguments.output, config, digest)
         model = build_model(config, arguments.preset, arguments.backend)
     except (ImportError, OSError, TypeError, ValueError) as error:
@@ -173,9 +168,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     counts = {f"{split}_proteins": len(chains.sequences) for split, chains in parts.items()}
     metrics.update(run_facts(config, source, time.perf_counter() - started, **counts))
     metrics.update(preset=arguments.preset, attention=model.backbone.attention)
-    write_json(output / "metrics.json", metrics)
-    shutil.rmtree(output / "backup", ignore_errors=True)
-    console.print(f"Finished in {metrics['seconds']:.0f} s. Figures: {output / 'metrics.json'}")
+    finish(output, metrics, console)
     return metrics
 
 
@@ -188,11 +181,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         f"string of one letter of {Q8} per residue, or {UNKNOWN} where it is not known; split by "
         "the hash of the sequences",
     )  # fmt: skip
-    parser.add_argument(
-        "--preset", metavar="NAME_OR_FOLDER",
-        help="train on the encoder of this preset, such as a masked language model; its shape and "
-        "attention replace those of [model], of which only dropout is read then",
-    )  # fmt: skip
+    add_preset_flag(parser)
     return parser.parse_args(argv)
 
 
@@ -277,8 +266,6 @@ def describe(
     output: Path,
 ) -> Table:
     """Return a table of what the job is going to do."""
-    import keras
-
     training = config.training
     train, validation, test = (len(parts[s].sequences) for s in ("train", "validation", "test"))
     passes = training.steps * training.batch_size / train
@@ -289,13 +276,8 @@ def describe(
         "model": f"{encoder_phrase(model.backbone, preset)}; {model.count_params():,} parameters",
         "training": f"{training.steps:,} steps of {training.batch_size} proteins ({passes:.1f} "
         f"passes), AdamW, {training.precision}",
-        "backend": f"keras {keras.version()} on {keras.config.backend()}",
-        "output": f"{output}" + (" (resumes a run)" if (output / "backup").is_dir() else ""),
     }
-    table = Table(title="Labels of residues", show_header=False)
-    for row in rows.items():
-        table.add_row(*row)
-    return table
+    return run_table("Labels of residues", rows, output)
 
 
 def room_of(config: Config) -> int:
@@ -417,17 +399,12 @@ def compare(
     all_train = np.concatenate(train.states)
     frequencies = log_frequencies(all_train[all_train >= 0], num_states)
     confusion = confusion_matrix(labels, logits.argmax(-1), num_states)
-    columns = {name: values.tolist() for name, values in class_scores(confusion).items()}
-    columns["residues"] = confusion.sum(1).tolist()
     return {
         "proteins": len(np.unique(owners)),
         "residues": len(labels),
         "model": scores(logits, labels, owners),
         "majority": scores(np.broadcast_to(frequencies, logits.shape), labels, owners),
-        "classes": {
-            name: {column: values[i] for column, values in columns.items()}
-            for i, name in enumerate(STATES[num_states])
-        },
+        "classes": class_rows(confusion, STATES[num_states], "residues"),
     }
 
 

@@ -1,13 +1,42 @@
-"""What recipes do at their end: predict in batches, check a reloaded model, identify the run."""
+"""What recipes share around training: say what a run is, predict, check a reloaded model, end."""
 
 import dataclasses
+import shutil
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from training.command import write_json
 
 # Beyond this, a reloaded model is not the model that was trained.
 RELOAD_TOLERANCE = 1e-5
+
+
+def run_table(title: str, rows: dict[str, str], output: Path) -> Table:
+    """Return a table of what a run is going to do, with its backend and its folder at the end."""
+    import keras
+
+    rows = {
+        **rows,
+        "backend": f"keras {keras.version()} on {keras.config.backend()}",
+        "output": f"{output}" + (" (resumes a run)" if (output / "backup").is_dir() else ""),
+    }
+    table = Table(title=title, show_header=False)
+    for row in rows.items():
+        table.add_row(*row)
+    return table
+
+
+def logits_of(model: Any, x: Any) -> np.ndarray:
+    """Return the logits of a task for one batch of prepared inputs, not compiled, as float32."""
+    import keras
+
+    logits = model(x, training=False)
+    return np.asarray(keras.ops.convert_to_numpy(logits), "float32")
 
 
 def predict_in_batches(
@@ -91,3 +120,10 @@ def run_facts(config: Any, source: str, seconds: float, **counts: int) -> dict[s
         **counts,
         "config": dataclasses.asdict(config),
     }
+
+
+def finish(output: Path, metrics: dict[str, Any], console: Console) -> None:
+    """Write the figures, and only then give up the backup, from which the run could go on."""
+    write_json(output / "metrics.json", metrics)
+    shutil.rmtree(output / "backup", ignore_errors=True)
+    console.print(f"Finished in {metrics['seconds']:.0f} s. Figures: {output / 'metrics.json'}")

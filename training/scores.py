@@ -1,6 +1,7 @@
 """Figures of classifiers, in NumPy: from labels, predictions and logits to what a table shows."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -55,6 +56,22 @@ def class_scores(confusion: np.ndarray) -> dict[str, np.ndarray]:
         "precision": hits / np.maximum(predicted, 1),
         "recall": hits / np.maximum(true, 1),
         "f1": 2 * hits / np.maximum(true + predicted, 1),
+    }
+
+
+def class_rows(confusion: np.ndarray, names: Sequence[str], unit: str) -> dict[str, dict]:
+    """Return `class_scores` and the number of true ones, called `unit`, by the name of the class.
+
+    **Example**
+
+    >>> class_rows(np.array([[1, 1], [0, 1]]), ["a", "b"], "examples")["a"]
+    {'precision': 1.0, 'recall': 0.5, 'f1': 0.6666666666666666, 'examples': 2}
+    """
+    columns = {name: values.tolist() for name, values in class_scores(confusion).items()}
+    columns[unit] = confusion.sum(1).tolist()
+    return {
+        name: {column: values[i] for column, values in columns.items()}
+        for i, name in enumerate(names)
     }
 
 

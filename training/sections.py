@@ -14,6 +14,16 @@ def require(condition: bool, key: str, what: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What stands above the sections of every config."""
+
+    seed: int
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**32, "seed", "at least 0 and below 2**32")
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Section `[model]`: the backbone, whose class checks what is not checked here.
 

@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -79,6 +79,36 @@ def split_by_key(keyed: Iterable[tuple[str, Example]]) -> Splits:
 def labels_of(examples: Iterable[Example]) -> list[str]:
     """Return the distinct labels in alphabetical order; a class's index is its place here."""
     return sorted({example.label for example in examples})
+
+
+def texts_sha256(*parts: Sequence[str]) -> str:
+    """Return a digest of the texts in each part, in order, which tells data sets apart.
+
+    **Example**
+
+    >>> texts_sha256(["MK"], ["MKT"]) == texts_sha256(["MK", "MKT"], [])
+    False
+    """
+    digest = hashlib.sha256()
+    for text in (text for part in parts for text in (*part, None)):
+        # Lengths first, so that no text can look like two.
+        digest.update(b"|" if text is None else f"{len(text)}:{text}".encode())
+    return digest.hexdigest()
+
+
+def columns_of(splits: Splits) -> list[list[str]]:
+    """Return the texts and the labels of each split, for `texts_sha256`.
+
+    **Example**
+
+    >>> columns_of({"train": [Example("a", "MK", "x")]})
+    [['MK'], ['x']]
+    """
+    return [
+        [getattr(example, field) for example in examples]
+        for examples in splits.values()
+        for field in ("text", "label")
+    ]
 
 
 def cached_splits(name: str, prepare: Callable[[], Splits]) -> Splits:

@@ -1,7 +1,7 @@
 """Proteins to pretrain on, by the name of their source or from a user's file, and held-out ones."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from training.data.fasta import Protein, read_fasta
@@ -69,18 +69,3 @@ def load_proteins(
 def _hash(protein: Protein) -> int:
     """Return a number below 2**64 that depends on the sequence only."""
     return int.from_bytes(hashlib.sha256(protein.sequence.encode()).digest()[:8], "big")
-
-
-def texts_sha256(*parts: Sequence[str]) -> str:
-    """Return a digest of the texts in each part, in order, which tells data sets apart.
-
-    **Example**
-
-    >>> texts_sha256(["MK"], ["MKT"]) == texts_sha256(["MK", "MKT"], [])
-    False
-    """
-    digest = hashlib.sha256()
-    for text in (text for part in parts for text in (*part, None)):
-        # Lengths first, so that no text can look like two.
-        digest.update(b"|" if text is None else f"{len(text)}:{text}".encode())
-    return digest.hexdigest()
