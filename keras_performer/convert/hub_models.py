@@ -57,40 +57,49 @@ LAYERS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _initialize(backbone: Any, base: type, attention: dict[str, Any] | None, kwargs: Any) -> None:
-    """Run the constructor of keras-hub's backbone `base`, with our layers in place of its own.
+class _LinearAttention:
+    """Before a backbone of keras-hub among the bases: our layers in place of its own.
 
-    The constructor names the class of its layers in its body, and has no argument for it. So it
-    runs as a function of the same code that sees other classes under these names; nothing that
-    anyone else uses is changed.
+    The constructor of the backbone names the class of its layers in its body, and has no argument
+    for it. So it runs as a function of the same code that sees other classes under these names;
+    nothing that anyone else uses is changed.
     """
-    options = as_config(attention or {})
-    count = 0
 
-    def make(layer: Callable[..., Any], **arguments: Any) -> Any:
-        nonlocal count
-        count += 1
-        return layer(attention=with_seed(options, count - 1), **arguments)
+    def __init__(self, *, attention: dict[str, Any] | None = None, **kwargs: Any):
+        options = as_config(attention or {})
+        count = 0
 
-    init: Any = base.__init__
-    layers = {name: functools.partial(make, layer) for name, layer in LAYERS.items()}
-    types.FunctionType(
-        init.__code__,
-        {**init.__globals__, **layers},
-        init.__name__,
-        init.__defaults__,
-        init.__closure__,
-    )(backbone, **kwargs)
-    backbone.attention = options
-    if count == 0:
-        raise RuntimeError(
-            f"This version of keras-hub builds {base.__name__} of other layers than "
-            f"{sorted(LAYERS)}. Received: keras_hub {keras_hub.__version__}"
-        )
+        def make(layer: Callable[..., Any], **arguments: Any) -> Any:
+            nonlocal count
+            count += 1
+            return layer(attention=with_seed(options, count - 1), **arguments)
+
+        theirs: Any = super()
+        init = theirs.__init__.__func__
+        layers = {name: functools.partial(make, layer) for name, layer in LAYERS.items()}
+        types.FunctionType(
+            init.__code__,
+            {**init.__globals__, **layers},
+            init.__name__,
+            init.__defaults__,
+            init.__closure__,
+        )(self, **kwargs)
+        self.attention = options
+        if count == 0:
+            name = init.__qualname__.removesuffix(".__init__")
+            raise RuntimeError(
+                f"This version of keras-hub builds {name} of other layers than "
+                f"{sorted(LAYERS)}. Received: keras_hub {keras_hub.__version__}"
+            )
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the constructor's arguments."""
+        theirs: Any = super()
+        return {**theirs.get_config(), "attention": self.attention}
 
 
 @keras.saving.register_keras_serializable(package="keras_performer")
-class PerformerBertBackbone(keras_hub.models.BertBackbone):
+class PerformerBertBackbone(_LinearAttention, keras_hub.models.BertBackbone):
     """A BERT encoder whose attention has a cost linear in length.
 
     **Args** Those of `keras_hub.models.BertBackbone`, by name, and
@@ -108,16 +117,9 @@ class PerformerBertBackbone(keras_hub.models.BertBackbone):
     True
     """
 
-    def __init__(self, *, attention: dict[str, Any] | None = None, **kwargs: Any):
-        _initialize(self, keras_hub.models.BertBackbone, attention, kwargs)
-
-    def get_config(self) -> dict[str, Any]:
-        """Return the constructor's arguments."""
-        return {**super().get_config(), "attention": self.attention}
-
 
 @keras.saving.register_keras_serializable(package="keras_performer")
-class PerformerRobertaBackbone(keras_hub.models.RobertaBackbone):
+class PerformerRobertaBackbone(_LinearAttention, keras_hub.models.RobertaBackbone):
     """A RoBERTa encoder whose attention has a cost linear in length.
 
     **Args** Those of `keras_hub.models.RobertaBackbone`, by name, and `attention` as in
@@ -132,16 +134,9 @@ class PerformerRobertaBackbone(keras_hub.models.RobertaBackbone):
     True
     """
 
-    def __init__(self, *, attention: dict[str, Any] | None = None, **kwargs: Any):
-        _initialize(self, keras_hub.models.RobertaBackbone, attention, kwargs)
-
-    def get_config(self) -> dict[str, Any]:
-        """Return the constructor's arguments."""
-        return {**super().get_config(), "attention": self.attention}
-
 
 @keras.saving.register_keras_serializable(package="keras_performer")
-class PerformerDistilBertBackbone(keras_hub.models.DistilBertBackbone):
+class PerformerDistilBertBackbone(_LinearAttention, keras_hub.models.DistilBertBackbone):
     """A DistilBERT encoder whose attention has a cost linear in length.
 
     **Args** Those of `keras_hub.models.DistilBertBackbone`, by name, and `attention` as in
@@ -156,16 +151,9 @@ class PerformerDistilBertBackbone(keras_hub.models.DistilBertBackbone):
     True
     """
 
-    def __init__(self, *, attention: dict[str, Any] | None = None, **kwargs: Any):
-        _initialize(self, keras_hub.models.DistilBertBackbone, attention, kwargs)
-
-    def get_config(self) -> dict[str, Any]:
-        """Return the constructor's arguments."""
-        return {**super().get_config(), "attention": self.attention}
-
 
 @keras.saving.register_keras_serializable(package="keras_performer")
-class PerformerExactBertBackbone(ExactBertBackbone):
+class PerformerExactBertBackbone(_LinearAttention, ExactBertBackbone):
     """An `ExactBertBackbone` whose attention has a cost linear in length.
 
     **Args** Those of `keras_hub.models.DistilBertBackbone`, by name, and `attention` as in
@@ -179,13 +167,6 @@ class PerformerExactBertBackbone(ExactBertBackbone):
     >>> isinstance(backbone, ExactBertBackbone)
     True
     """
-
-    def __init__(self, *, attention: dict[str, Any] | None = None, **kwargs: Any):
-        _initialize(self, keras_hub.models.DistilBertBackbone, attention, kwargs)
-
-    def get_config(self) -> dict[str, Any]:
-        """Return the constructor's arguments."""
-        return {**super().get_config(), "attention": self.attention}
 
 
 @keras.saving.register_keras_serializable(package="keras_performer")
@@ -207,7 +188,7 @@ class PerformerExactBertMaskedLM(ExactBertMaskedLM):
 
 
 @keras.saving.register_keras_serializable(package="keras_performer")
-class PerformerESMBackbone(keras_hub.models.ESMBackbone):
+class PerformerESMBackbone(_LinearAttention, keras_hub.models.ESMBackbone):
     """An ESM-2 encoder whose attention has a cost linear in length.
 
     Padding takes no part as a key on any backend; keras-hub 0.32 masks the rows of queries instead
@@ -226,16 +207,9 @@ class PerformerESMBackbone(keras_hub.models.ESMBackbone):
     True
     """
 
-    def __init__(self, *, attention: dict[str, Any] | None = None, **kwargs: Any):
-        _initialize(self, keras_hub.models.ESMBackbone, attention, kwargs)
-
-    def get_config(self) -> dict[str, Any]:
-        """Return the constructor's arguments."""
-        return {**super().get_config(), "attention": self.attention}
-
 
 @keras.saving.register_keras_serializable(package="keras_performer")
-class PerformerGPT2Backbone(keras_hub.models.GPT2Backbone):
+class PerformerGPT2Backbone(_LinearAttention, keras_hub.models.GPT2Backbone):
     """A GPT-2 decoder whose attention has a cost linear in length, and a state of fixed size.
 
     **Args** Those of `keras_hub.models.GPT2Backbone`, by name, and `attention` as in
@@ -252,13 +226,6 @@ class PerformerGPT2Backbone(keras_hub.models.GPT2Backbone):
     >>> [int(n) for n in state[0]["position"]]
     [5, 5]
     """
-
-    def __init__(self, *, attention: dict[str, Any] | None = None, **kwargs: Any):
-        _initialize(self, keras_hub.models.GPT2Backbone, attention, kwargs)
-
-    def get_config(self) -> dict[str, Any]:
-        """Return the constructor's arguments."""
-        return {**super().get_config(), "attention": self.attention}
 
     def initial_state(self, batch_size: Any, max_length: int | None = None) -> list[dict[str, Any]]:
         """The state before the first token, one dictionary for each layer.

@@ -31,7 +31,17 @@ _RECORDS: contextvars.ContextVar[list[AttentionRecord] | None] = contextvars.Con
 
 
 @contextlib.contextmanager
-def record_attention() -> Iterator[list[AttentionRecord]]:
+def _collect(variable: contextvars.ContextVar[Any]) -> Iterator[Any]:
+    """Let a variable hold a new list inside this context, and what it held afterwards."""
+    found: list[Any] = []
+    token = variable.set(found)
+    try:
+        yield found
+    finally:
+        variable.reset(token)
+
+
+def record_attention() -> contextlib.AbstractContextManager[list[AttentionRecord]]:
     """Collect an `AttentionRecord` of every call of a `PerformerAttention` inside this context.
 
     Run the model eagerly: within a compiled function there are no values to look at.
@@ -47,12 +57,7 @@ def record_attention() -> Iterator[list[AttentionRecord]]:
     >>> records[0].layer is layer, tuple(records[0].query.shape)
     (True, (1, 5, 2, 8))
     """
-    records: list[AttentionRecord] = []
-    token = _RECORDS.set(records)
-    try:
-        yield records
-    finally:
-        _RECORDS.reset(token)
+    return _collect(_RECORDS)
 
 
 def record(layer: Any, query: Any, key: Any, key_mask: Any, causal: bool, segment_ids: Any) -> None:
@@ -78,8 +83,7 @@ _CALLS: contextvars.ContextVar[list[AttentionCall] | None] = contextvars.Context
 )
 
 
-@contextlib.contextmanager
-def record_calls() -> Iterator[list[AttentionCall]]:
+def record_calls() -> contextlib.AbstractContextManager[list[AttentionCall]]:
     """Collect an `AttentionCall` of every call of a `PerformerAttention` inside this context.
 
     Within a compiled function its tensors are those of that function, to compute on.
@@ -95,12 +99,7 @@ def record_calls() -> Iterator[list[AttentionCall]]:
     >>> calls[0].arguments["use_causal_mask"], tuple(calls[0].output.shape)
     (True, (1, 5, 12))
     """
-    calls: list[AttentionCall] = []
-    token = _CALLS.set(calls)
-    try:
-        yield calls
-    finally:
-        _CALLS.reset(token)
+    return _collect(_CALLS)
 
 
 def recorded(call: Callable[..., Any]) -> Callable[..., Any]:
