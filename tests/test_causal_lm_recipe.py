@@ -10,6 +10,7 @@ from keras_performer.models import PerformerCausalLM, PerformerDecoderBackbone
 from training import causal_lm
 from training.causal_lm import Config, Corpus, compare, main, unigram_log_probabilities
 from training.config import load_config
+from training.data.byte_pairs import learn_byte_pairs
 from training.data.packed_windows import PackedWindows
 
 CONFIG = Path(__file__).parent.parent / "training" / "configs" / "text_causal_lm.toml"
@@ -125,6 +126,32 @@ def test_the_job_learns_writes_and_generates(tmp_path):
     assert written[:5] == "\nabcd" and len(written) > 5
 
 
+def test_byte_pairs_are_learned_from_the_training_documents(tmp_path):
+    text = write_text(tmp_path / "t.txt")
+    options = [f"--set={override}" for override in [*OVERRIDES, "data.vocabulary_size=280"]]
+    few = ["--set=training.steps=20", "--set=training.learning_rate=3e-2"]
+    metrics = main([f"--config={CONFIG}", f"--file={text}", f"--output={tmp_path}", *options, *few])
+    model, unigram = metrics["test"]["model"], metrics["test"]["unigram"]
+    num_bytes = model["cross_entropy"] * metrics["test"]["tokens"] / np.log(2)
+    num_bytes /= model["bits_per_byte"]
+    assert metrics["test"]["tokens"] < 0.7 * num_bytes  # pairs were merged
+    assert model["bits_per_byte"] < unigram["bits_per_byte"]
+    reloaded = PerformerCausalLM.from_preset(str(tmp_path / "preset"))
+    tokenizer = reloaded.preprocessor.tokenizer
+    assert tokenizer.vocabulary_size() == 280
+    for line in ("abcdefg\n", "Grüße, 東京 🧬"):
+        assert tokenizer.detokenize(tokenizer.tokenize(line)) == line
+
+
+def test_byte_pairs_are_the_most_frequent_ones():
+    vocabulary, merges = learn_byte_pairs(["low lower lowest", "low slow"], 265)
+    assert merges == ["l o", "lo w", "Ġ low", "Ġlow e"]
+    assert list(vocabulary.values()) == list(range(265))
+    assert list(vocabulary)[:5] == ["<pad>", "<cls>", "<eos>", "<mask>", "<unk>"]
+    with pytest.raises(ValueError, match="vocabulary_size=260"):
+        learn_byte_pairs(["a"], 260)
+
+
 class FixedModel:
     def __init__(self, logits):
         self.logits = logits
@@ -169,6 +196,8 @@ def test_the_unigram_counts_what_is_predicted():
         (["--file=t.txt", "--fasta=t.fasta"], "not both"),
         (["--file=nothing.txt"], r"nothing\.txt: there is no such file"),
         (["--set=data.source=books"], r"'data\.source' must be one of text, sample"),
+        (["--set=data.vocabulary_size=100"], r"'data\.vocabulary_size' must be 0 \(bytes\), or"),
+        (["--set=data.source=sample", "--set=data.vocabulary_size=300"], "a token per residue"),
         (["--set=training.validation_windows=0"], r"'training\.validation_windows'"),
         (["--set=data.sequence_length=100000000"], "fewer than one batch"),
         (["--set=model.num_heads=3"], "num_heads=3"),

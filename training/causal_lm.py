@@ -19,6 +19,7 @@ from rich.table import Table
 
 from training.command import make_parser, prepare_output, start_keras
 from training.config import load_config
+from training.data.byte_pairs import SMALLEST_VOCABULARY, learn_byte_pairs
 from training.data.examples import load_examples, texts_sha256
 from training.data.packed_windows import PackedWindows
 from training.data.protein_sources import SOURCES, load_proteins
@@ -47,17 +48,27 @@ PROMPT_CHARACTERS = {"text": 64, "proteins": 8}
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Section `[data]`."""
+    """Section `[data]`.
+
+    `vocabulary_size` = n reads text as n byte pairs, learned from the training documents; 0 reads
+    it as bytes. Proteins have a token per residue.
+    """
 
     source: str
     sequence_length: int
     heldout_share: float
+    vocabulary_size: int = 0
 
     def __post_init__(self) -> None:
         sources = ("text", *SOURCES)
         require(self.source in sources, "data.source", f"one of {', '.join(sources)}")
         require(self.sequence_length >= 16, "data.sequence_length", "at least 16")
         require(0 < self.heldout_share < 1, "data.heldout_share", "between 0 and 1")
+        require(
+            self.vocabulary_size == 0 or self.vocabulary_size >= SMALLEST_VOCABULARY,
+            "data.vocabulary_size",
+            f"0 (bytes), or at least {SMALLEST_VOCABULARY}",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +96,7 @@ class Corpus:
     """Strings to train on and held-out ones, and what they are.
 
     **Args**
-        kind: "text", a token per byte, or "proteins", a token per residue.
+        kind: "text" or "proteins".
         source: A phrase that names the source.
         train: Documents or sequences.
         validation: Those scored after each epoch.
@@ -119,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         corpus = read_corpus(config, arguments.file, arguments.fasta)
         digest = texts_sha256(corpus.train, corpus.validation, corpus.test)
         output = prepare_output(arguments.output, config, digest)
-        model, tokenizer = build_model(config, corpus.kind, arguments.backend)
+        model, tokenizer = build_model(config, corpus, arguments.backend)
     except (ImportError, OSError, TypeError, ValueError) as error:
         sys.exit(f"error: {error}")
     windows = {
@@ -205,19 +216,33 @@ def read_corpus(config: Config, file: Path | None, fasta: Path | None) -> Corpus
     return corpus
 
 
-def build_model(config: Config, kind: str, backend: str | None) -> "tuple[PerformerCausalLM, Any]":
+def build_model(
+    config: Config, corpus: Corpus, backend: str | None
+) -> "tuple[PerformerCausalLM, Any]":
     """Choose the backend, seed it, and return the untrained model and its tokenizer."""
     start_keras(backend, config.seed)
 
     from keras_performer.models import (
         ByteTokenizer,
+        PerformerBytePairTokenizer,
         PerformerCausalLM,
         PerformerCausalLMPreprocessor,
         PerformerDecoderBackbone,
         ProteinTokenizer,
     )
 
-    tokenizer = ByteTokenizer() if kind == "text" else ProteinTokenizer()
+    if corpus.kind == "proteins":
+        if config.data.vocabulary_size:
+            raise ValueError(
+                "Proteins have a token per residue: 'data.vocabulary_size' must be 0. Received: "
+                f"{config.data.vocabulary_size}"
+            )
+        tokenizer = ProteinTokenizer()
+    elif config.data.vocabulary_size:
+        pairs = learn_byte_pairs(corpus.train, config.data.vocabulary_size)
+        tokenizer = PerformerBytePairTokenizer(*pairs)
+    else:
+        tokenizer = ByteTokenizer()
     backbone = PerformerDecoderBackbone(
         vocabulary_size=tokenizer.vocabulary_size(),
         **config.model.arguments(),
