@@ -25,7 +25,7 @@ class Preset:
     """What `presets()` tells of a preset; its card, `README.md` in its folder, tells the rest.
 
     **Args**
-        task: Name of the class in `keras_performer.models`.
+        task: Name of the class in `keras_performer.models` or `keras_performer.convert`.
         summary: What it is, in one sentence.
         parameters: Number of parameters.
         weights_bytes: Size of the files of its weights.

@@ -36,7 +36,7 @@ if importlib.util.find_spec("matplotlib") is None:
 from zoo.build import tables
 from zoo.build._card import card
 from zoo.build._preset import move_to_url, publish, round_array, round_weights
-from zoo.build._record import Data, Metric, Point, Record, read_record
+from zoo.build._record import Data, Metric, Point, Record, read_record, task_class
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESETS_MODULE = importlib.import_module("keras_performer.presets")
@@ -442,7 +442,7 @@ def test_shipped_presets_are_whole(name):
     folder = ROOT / "zoo" / name
     record = read_record(folder / "metrics.json")
     assert (folder / "README.md").read_text(encoding="utf-8") == card(folder)
-    assert issubclass(getattr(models, record.task), keras_hub.models.Task)
+    assert issubclass(task_class(record.task), keras_hub.models.Task)
     assert record.rebuild.startswith(f"python -m zoo.build.{name}")
     assert (ROOT / "zoo" / "build" / f"{name}.py").is_file()
     if not (folder / "remote.json").is_file():

@@ -7,7 +7,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from keras_performer.presets import sha256
-from zoo.build._record import Record, read_record
+from zoo.build._record import Record, read_record, task_home
 
 
 def card(folder: Path) -> str:
@@ -26,7 +26,7 @@ def card(folder: Path) -> str:
 float16 weights that load as float32.
 
 ```python
-from keras_performer.models import {record.task}
+from {task_home(record.task)} import {record.task}
 
 model = {record.task}.from_preset("{record.name}")
 ```

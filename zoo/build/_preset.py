@@ -14,12 +14,13 @@ import keras
 import numpy as np
 
 import keras_performer
-from keras_performer import models
 from keras_performer.presets import files_on_record, sha256
 from zoo.build._card import card, draw_curve
-from zoo.build._record import Record, Weights, write_record
+from zoo.build._record import Record, Weights, task_class, write_record
 
 ZOO = Path(__file__).resolve().parents[1]
+# The names of a classifier's outputs, which recipes write beside the preset.
+CLASSES = "classes.json"
 # Half a step of float16 is 2**-11 of a number. An array of very large or very small numbers loses
 # more than that, and stays as it is.
 LARGEST_ROUNDING = 2.0**-10
@@ -50,14 +51,17 @@ def publish(preset: Path, record: Record, inputs: Any, zoo: Path = ZOO) -> Path:
         )
     with tempfile.TemporaryDirectory(dir=zoo, prefix=".") as scratch:
         folder = Path(scratch) / record.name
-        task_class = getattr(models, record.task)
-        trained = task_class.from_preset(preset)
+        task = task_class(record.task)
+        # Whatever it was trained in: who loads it chooses the precision.
+        trained = task.from_preset(preset, dtype="float32")
         # Saved anew, because keras-hub saves the optimizer with a task that was trained: of that of
         # a new task there are its step count, zero, and its rate, which Keras looks for on loading.
         trained.save_to_preset(str(folder))
+        if (classes := preset / CLASSES).is_file():
+            shutil.copy(classes, folder)
         for path in folder.glob("*.weights.h5"):
             round_weights(path)
-        stored = task_class.from_preset(folder)
+        stored = task.from_preset(folder)
         check_weights(trained, stored)
         largest, difference = _compare_outputs(trained, stored, inputs)
         weights = Weights(

@@ -1,6 +1,7 @@
 """What `metrics.json` in a folder of the zoo holds: the evidence that a card shows."""
 
 import dataclasses
+import importlib
 import json
 import math
 import types
@@ -8,6 +9,8 @@ import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from keras_performer import convert, models
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +82,7 @@ class Record:
 
     **Args**
         name: Of the preset and of its folder.
-        task: Name of the class in `keras_performer.models`.
+        task: Name of the class in `keras_performer.models` or `keras_performer.convert`.
         summary: What it is, in one sentence.
         data: What it was trained and measured on.
         config: The content of its TOML file.
@@ -123,6 +126,25 @@ class Record:
         for key, least in (("curve", 2), ("metrics", 1), ("limits", 1)):
             if len(getattr(self, key)) < least:
                 raise ValueError(f"'{key}' must have {least} or more entries.")
+
+
+def task_home(task: str) -> str:
+    """Return the module that a task's class is imported from, as cards say it.
+
+    **Raises** ValueError if there is no such class.
+    """
+    for module in (models, convert):
+        if task in module.__all__:
+            return module.__name__
+    raise ValueError(
+        "'task' must name a class of keras_performer.models or keras_performer.convert. Received: "
+        f"{task!r}"
+    )
+
+
+def task_class(task: str) -> Any:
+    """Return the class of a task by its name; see `task_home`."""
+    return getattr(importlib.import_module(task_home(task)), task)
 
 
 def read_record(path: Path) -> Record:

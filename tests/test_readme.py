@@ -1,0 +1,28 @@
+"""What the README shows is run as it stands there."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+SECTION = README.split("\n## Tutorials\n")[1].split("\n## ")[0]
+TUTORIALS = dict(re.findall(r"\*\*([^*]+)\.\*\* [^`]*```python\n(.*?)```", SECTION, re.DOTALL))
+
+
+def test_every_block_is_found():
+    assert len(TUTORIALS) == SECTION.count("```python") >= 2
+
+
+@pytest.mark.slow_on_jax
+@pytest.mark.parametrize("title", TUTORIALS)
+def test_a_tutorial_runs(title, tmp_path, monkeypatch, eager, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(compile(TUTORIALS[title], title, "exec"), names)
+    if title == "Masked residues":
+        assert names["logits"].shape[::2] == (2, 30)
+        assert (tmp_path / "my_proteins.tflite").stat().st_size > 10_000
+    if title == "Secondary structure":
+        protein, states = capsys.readouterr().out.splitlines()[-2:]
+        assert len(protein) == len(states) and set(states) <= set("HGIEBTSC")

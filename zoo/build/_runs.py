@@ -1,0 +1,56 @@
+"""Train what a preset needs, and say of a run what its card says."""
+
+import dataclasses
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from training.config import load_config
+from zoo.build._record import Point
+
+CONFIGS = Path("training") / "configs"
+HARDWARE = "2 x86 cores of a virtual machine that other work shared"
+
+
+def run(recipe: ModuleType, config: str, name: str, *overrides: str) -> tuple[dict[str, Any], Path]:
+    """Run a recipe, or go on with a run that was killed; one that was finished is not repeated.
+
+    **Args**
+        recipe: A module of `training`.
+        config: Name of the TOML file in `training/configs`.
+        name: Of the run's folder in `runs`.
+        *overrides: Of keys of the config, "key=value" each.
+
+    **Returns** The figures of the run, and its folder.
+    """
+    path, output = CONFIGS / config, Path("runs") / name
+    metrics = output / "metrics.json"
+    if metrics.is_file():
+        finished = json.loads(metrics.read_text(encoding="utf-8"))
+        if finished["config"] == dataclasses.asdict(load_config(recipe.Config, path, overrides)):
+            return finished, output
+    arguments = [f"--set={override}" for override in overrides]
+    return recipe.main([f"--config={path}", f"--output={output}", *arguments]), output
+
+
+def facts(metrics: dict[str, Any], mean_tokens: float) -> dict[str, Any]:
+    """Return the fields of a `Record` that follow from the run.
+
+    **Args**
+        metrics: The figures of the run.
+        mean_tokens: Mean number of tokens in a training example, padding not counted.
+    """
+    training = metrics["config"]["training"]
+    return {
+        "config": metrics["config"],
+        "hardware": HARDWARE,
+        "backend": f"Keras {metrics['keras']} on {metrics['backend']}",
+        "wall_seconds": metrics["seconds"],
+        "steps": training["steps"],
+        "tokens_seen": round(training["steps"] * training["batch_size"] * mean_tokens),
+        "curve": [
+            Point((i + 1) * training["steps_per_epoch"], row["loss"], row["val_loss"])
+            for i, row in enumerate(metrics["training"]["history"])
+        ],
+    }
