@@ -1,10 +1,18 @@
 import csv
 import io
+import re
 import zipfile
 
 import pytest
 
-from training.data.antibodies import CHAINS, load_antibodies, read_package
+from training.data.antibodies import (
+    CHAINS,
+    load_antibodies,
+    load_human_heavy_chains,
+    read_package,
+    split_rearrangements,
+    translate,
+)
 from training.data.fasta import Protein
 
 FRAME = "EVQLVESGGG" * 10 + "YYCAKD"  # the 106 places before the region
@@ -84,3 +92,75 @@ def test_the_package(chain):
     assert 4_500 < len(heldout) < 5_500
     assert all(90 < len(protein.sequence) < 142 for protein in train + heldout)
     assert set("".join(p.sequence for p in heldout)) == set("ACDEFGHIKLMNPQRSTVWY")
+
+
+# Human heavy chains, as rearranged genes.
+
+CODONS = {
+    residue: codon
+    for residue, codon in zip(
+        "ACDEFGHIKLMNPQRSTVWY",
+        re.findall("...", "GCCTGCGACGAGTTCGGCCACATCAAGCTGATGAACCCCCAGCGGAGCACCGTGTGGTAC"),
+        strict=True,
+    )
+}
+HEAD, TAIL = "EVQLVESGGG" * 9, "GQGTLVTVSS"
+
+
+def gene(residues):
+    return "".join(CODONS[residue] for residue in residues)
+
+
+def rearranged(region, head=HEAD, tail=TAIL):
+    """A row of the table, with a gap of two codons and a last base beyond them."""
+    codons = gene(head)
+    whole = f"{codons[:30]}......{codons[30:]}{gene('C' + region + 'W' + tail)}G"
+    return region, whole, gene(f"C{region}W")
+
+
+def test_genes_are_translated_without_their_gaps():
+    train, heldout = split_rearrangements([rearranged("AR")])
+    assert train + heldout == [Protein("AR", "", f"{HEAD}CARW{TAIL}")]
+    # By the standard code, which is not read from ours.
+    assert translate("ATGTTTTCATATCATCAACGTTGGAAA...TAC") == "MFSYHQRWKY"
+    assert translate("TAATTT") is translate("TTTTGA") is None
+
+
+@pytest.mark.parametrize(
+    ("what", "row"),
+    [
+        ("a stop", ("x", *(part.replace("CGG", "TGA") for part in rearranged("AR")[1:]))),
+        ("a missing start", rearranged("AR", head=HEAD[40:])),
+        ("a gap at the start", ("x", "..." + rearranged("AR")[1], rearranged("AR")[2])),
+        ("a missing end", rearranged("AR", tail=TAIL[:-2])),
+        ("a frame shift", ("x", rearranged("AR")[1][1:], rearranged("AR")[2])),
+        ("an unknown base", ("x", rearranged("AR")[1].replace("GTG", "GTN", 1), "TGCTGG")),
+        ("another junction", ("x", rearranged("AR")[1], gene("CAKW"))),
+        ("no junction", ("x", rearranged("AR")[1], gene("ARW"))),
+    ],
+)
+def test_incomplete_genes_are_left_out(what, row):
+    assert split_rearrangements([row]) == ([], []), what
+
+
+def test_both_sets_are_split_alike_and_without_repeats(tmp_path):
+    rows = [row(region, aligned(region)) for region in REGIONS]
+    theirs = read_package(write_wheel(tmp_path / "a.whl", rows), "heavy")
+    ours = split_rearrangements([rearranged(region) for region in [*REGIONS, *REGIONS]])
+    for a, b in zip(ours, theirs, strict=True):
+        assert [protein.name for protein in a] == [protein.name for protein in b]
+    # A cysteine within the region does not end it.
+    assert sum(map(len, split_rearrangements([rearranged("ACWCA")]))) == 1
+
+
+@pytest.mark.slow
+def test_the_human_package():
+    try:
+        train, heldout = load_human_heavy_chains()
+        others = load_antibodies("heavy")
+    except OSError as error:
+        pytest.skip(str(error))
+    assert (len(train), len(heldout)) == (14_359, 1_670)
+    assert all(110 < len(protein.sequence) < 142 for protein in train + heldout)
+    assert set("".join(p.sequence for p in heldout)) == set("ACDEFGHIKLMNPQRSTVWY")
+    assert not {p.sequence for p in train} & {p.sequence for p in heldout + others[1]}

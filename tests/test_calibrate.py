@@ -216,3 +216,26 @@ def test_what_does_not_fit_is_refused():
     student.trainable = False
     with pytest.raises(ValueError, match="frozen where it should learn"):
         calibrate(student, teacher, x, train="attention")
+
+
+@pytest.mark.usefixtures("eagerly")
+def test_windows_that_cover_the_inputs_are_refused():
+    teacher = attention_model(keras.layers.MultiHeadAttention(2, 5))
+    x = [*tokens()]  # of length 11
+    student = performerize(teacher, feature_map=LEARNED, exact_window=6)
+    before = weights(student)
+    with pytest.raises(ValueError, match=r"cover the inputs.*\(11, 6\)"):
+        calibrate(student, teacher, x, verbose=0)
+    assert not changed(student, before)
+    assert all(v.trainable for v in student.trainable_variables)
+
+
+@pytest.mark.slow_on_jax
+@pytest.mark.usefixtures("eagerly")
+def test_windows_that_leave_one_key_to_the_features_are_calibrated():
+    teacher = attention_model(keras.layers.MultiHeadAttention(2, 5))
+    x = [*tokens()]  # of length 11, and two blocks have 10
+    student = performerize(teacher, feature_map=LEARNED, exact_window=5)
+    before = weights(student)
+    calibrate(student, teacher, x, optimizer=adam(), verbose=0)
+    assert len(changed(student, before)) == 1

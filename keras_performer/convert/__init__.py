@@ -16,6 +16,7 @@ from keras_performer.convert.hub_models import (
     PerformerGPT2Backbone,
     PerformerGPT2CausalLM,
     PerformerRobertaBackbone,
+    PerformerRobertaMaskedLM,
 )
 from keras_performer.convert.performer_pytorch_backbone import PerformerPytorchBackbone
 from keras_performer.convert.performer_pytorch_block import PerformerPytorchBlock
@@ -38,6 +39,7 @@ __all__ = [
     "PerformerPytorchBlock",
     "PerformerPytorchLM",
     "PerformerRobertaBackbone",
+    "PerformerRobertaMaskedLM",
     "PerformerTransformerDecoder",
     "PerformerTransformerEncoder",
     "calibrate",

@@ -10,7 +10,12 @@ from keras import ops
 from keras_performer.convert.performerize import performerize
 from keras_performer.feature_maps import FeatureMap
 from keras_performer.layers import PerformerAttention
-from keras_performer.layers._recording import AttentionCall, record_attention, record_calls
+from keras_performer.layers._recording import (
+    AttentionCall,
+    AttentionRecord,
+    record_attention,
+    record_calls,
+)
 
 _PARTS = ("feature_maps", "attention", "all")
 
@@ -54,7 +59,8 @@ def calibrate(
     **Cost** The teacher's softmax attention, quadratic in length, and the student's forward and
     backward pass; memory for one more copy of the teacher's weights.
 
-    **Raises** ValueError if the two models do not fit together, or the maps have nothing to train.
+    **Raises** ValueError if the two models do not fit together, if the maps have nothing to train,
+    or if exact windows cover the inputs, so that nothing goes through the maps.
 
     **Example**
 
@@ -91,8 +97,21 @@ def calibrate(
                 "The student is frozen where it should learn: set `trainable = True` on its "
                 f"attention layers. Received: train={train!r}, student {student.name!r}"
             )
-    transfer = _Transfer(_core(student), _core(exact), on_own_inputs=train == "all")
+    transfer = _Transfer(
+        _core(student),
+        _core(exact),
+        on_own_inputs=train == "all",
+        needs_far_keys=train == "feature_maps" and bool(chosen),
+    )
     transfer.compile(optimizer=optimizer)
+    data = _prepared(student, data)
+    rows = keras.tree.flatten(data)
+    if transfer.needs_far_keys and all(hasattr(x, "shape") for x in rows):
+        # Before `fit`, in which JAX gives away the values of the variables; datasets fail there.
+        with record_attention() as records:
+            first = keras.tree.map_structure(lambda x: x[:1], data)
+            transfer.student(_inputs_of(transfer.student, first), training=False)
+        _check_far_keys(records)
     if fit_options.get("validation_data") is not None:
         fit_options["validation_data"] = _prepared(student, fit_options["validation_data"])
     # Of variables, not of layers: a frozen layer hides what is trainable in it.
@@ -100,7 +119,7 @@ def calibrate(
     try:
         for variable in others:
             variable.trainable = False
-        return transfer.fit(_prepared(student, data), **fit_options)
+        return transfer.fit(data, **fit_options)
     finally:
         for variable in others:
             variable.trainable = True
@@ -109,7 +128,7 @@ def calibrate(
 class _Transfer(keras.Model):
     """Student and teacher side by side, with the distance of their attention as the loss."""
 
-    def __init__(self, student: Any, teacher: Any, *, on_own_inputs: bool):
+    def __init__(self, student: Any, teacher: Any, *, on_own_inputs: bool, needs_far_keys: bool):
         super().__init__(name="attention_transfer")
         teacher.trainable = False
         # In this order: on PyTorch, Keras resets the gradients of the variables that it knows by
@@ -117,12 +136,11 @@ class _Transfer(keras.Model):
         self.teacher = teacher
         self.student = student
         self.on_own_inputs = on_own_inputs
+        self.needs_far_keys = needs_far_keys
         self.built = True
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
-        if isinstance(inputs, dict) and isinstance(self.student.input, dict):
-            # Those of a task include what only its head takes.
-            inputs = {name: inputs[name] for name in self.student.input}
+        inputs = _inputs_of(self.student, inputs)
         with record_attention() as seen, record_calls() as targets:
             self.teacher(inputs, training=False)
         # Without dropout, which would be noise in a regression on a teacher without any.
@@ -134,6 +152,8 @@ class _Transfer(keras.Model):
                 students = {id(theirs): ours for theirs, ours in twins}
                 for target in targets:
                     students[id(target.layer)](**{**target.arguments, "training": False})
+        if self.needs_far_keys:
+            _check_far_keys(records)
         if training:
             for record in records:
                 feature_map = record.layer.feature_map
@@ -195,6 +215,28 @@ def _check_trainable(attentions: list[PerformerAttention]) -> None:
         "feature_map=FavorPlus(num_features, trainable_projection=True), FavorPlusPlus(...) or "
         "'hedgehog', or pass train='attention'. Received: feature maps "
         f"{sorted({type(layer.feature_map).__name__ for layer in attentions})}"
+    )
+
+
+def _inputs_of(model: Any, inputs: Any) -> Any:
+    """What a backbone takes: the inputs of a task include what only its head takes."""
+    if isinstance(inputs, dict) and isinstance(model.input, dict):
+        return {name: inputs[name] for name in model.input}
+    return inputs
+
+
+def _check_far_keys(records: list[AttentionRecord]) -> None:
+    """Raise a ValueError if every key is weighed exactly, so that no gradient reaches a map."""
+    for record in records:
+        length, window = record.key.shape[1], record.layer.exact_window
+        # Two blocks of a window's length see each other, and there is no third.
+        if record.layer.feature_map and (not window or length is None or length > 2 * window):
+            return
+    raise ValueError(
+        "The exact windows cover the inputs, so the feature maps see no key and cannot learn: pass "
+        "inputs of more than twice the exact_window, convert with a smaller one, or leave the maps "
+        "as they are. Received: inputs of length and exact_window "
+        f"{sorted({(r.key.shape[1], r.layer.exact_window) for r in records})}"
     )
 
 

