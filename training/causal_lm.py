@@ -17,7 +17,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from training.command import make_parser, prepare_output, start_keras
+from training.command import make_parser, prepare_output, start_keras, use_devices
 from training.config import load_config
 from training.data.byte_pairs import SMALLEST_VOCABULARY, learn_byte_pairs
 from training.data.examples import load_examples, texts_sha256
@@ -127,6 +127,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     # 1. Everything that can be wrong is found before anything is compiled.
     try:
         config = load_config(Config, arguments.config, arguments.set)
+        use_devices(arguments, config)
         corpus = read_corpus(config, arguments.file, arguments.fasta)
         digest = texts_sha256(corpus.train, corpus.validation, corpus.test)
         output = prepare_output(arguments.output, config, digest)

@@ -21,7 +21,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from training.command import make_parser, prepare_output, start_keras, write_json
+from training.command import (
+    make_parser,
+    prepare_output,
+    start_keras,
+    use_devices,
+    write_json,
+)
 from training.config import load_config
 from training.data.documents import NUM_FOLDS, load_brown, load_spam_assassin, load_tfds
 from training.data.enzyme_class import load_enzyme_classes
@@ -193,6 +199,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     # 1. Everything that can be wrong is found before anything is compiled.
     try:
         config = load_config(Config, arguments.config, arguments.set)
+        use_devices(arguments, config)
         corpus = read_corpus(config, arguments.file)
         digest = texts_sha256([corpus.sha256, arguments.preset or ""])
         output = prepare_output(arguments.output, config, digest)

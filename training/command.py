@@ -30,6 +30,11 @@ def make_parser(
         help="replace one key of the config, such as training.steps=1000; repeatable",
     )  # fmt: skip
     parser.add_argument("--backend", choices=("tensorflow", "jax", "torch"), help="Keras backend")
+    parser.add_argument(
+        "--distribution", metavar="data|model:K",
+        help="train on all devices: data divides each batch among them, and model:K also the "
+        "weights of each copy among K (JAX; on TensorFlow data only)",
+    )  # fmt: skip
     output = Path("runs") / recipe
     parser.add_argument("--output", type=Path, default=output, help=f"folder (default: {output})")
     return parser
@@ -59,6 +64,29 @@ def start_keras(backend: str | None, seed: int) -> None:
             f"{backend} comes too late."
         )
     keras.utils.set_random_seed(seed)
+
+
+def use_devices(arguments: argparse.Namespace, config: Any) -> None:
+    """Spread the run over several devices if `--distribution` says so.
+
+    **Args**
+        arguments: The parsed command line. Its `output` becomes a folder in that folder in all
+            but the first process of several hosts.
+        config: The config of the run, an `Experiment` with the sections `model` and `training`.
+
+    **Raises** ValueError or ImportError, as `start_keras` and `training.distribution.distribute`.
+    """
+    if arguments.distribution is None:
+        return
+    start_keras(arguments.backend, config.seed)
+    from training.distribution import distribute
+
+    # The shape of a preset is not that of the config.
+    model = None if getattr(arguments, "preset", None) else config.model
+    process = distribute(arguments.distribution, config.training, model)
+    if process:
+        # Processes of several hosts do all the same; each keeps what it writes to itself.
+        arguments.output = arguments.output / f"process_{process}"
 
 
 def prepare_output(output: Path, config: Any, data_sha256: str) -> Path:

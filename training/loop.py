@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,13 @@ from rich.console import Console
 
 from keras_performer.callbacks import AttentionHealth, RedrawFeatures
 from training.data.batches import Batches
+from training.distribution import (
+    adamw,
+    check_same_epoch,
+    predict_on_one_device,
+    share_work,
+)
+from training.results import peak_bytes
 from training.sections import TrainingConfig
 
 
@@ -45,10 +53,15 @@ def fit(
         console: Where messages go.
 
     **Returns** What `metrics.json` says of the training: a row of figures for each epoch, seconds
-    of this process and those of them in which batches were made, and whether patience ended it.
+    of this process and those of them in which batches were made, the most main memory that this
+    process has held (None but on Linux), and whether patience ended it.
     """
     backup = output / "backup"
+    data, validation_data, validation_batch_size = share_work(
+        batches, validation_data, training.batch_size, loss
+    )
     trainer.compile(_optimizer(training), loss=loss, weighted_metrics=weighted_metrics)
+    check_same_epoch(_finished_epochs(backup))
     log = _EpochLog(output / "history.jsonl", _finished_epochs(backup))
     epochs = training.steps // training.steps_per_epoch
     best = backup / "best.weights.h5"
@@ -89,20 +102,22 @@ def fit(
         callbacks.append(keras.callbacks.TensorBoard(log_dir, write_graph=False))
     started = time.perf_counter()
     trainer.fit(
-        batches,
+        data,
         shuffle=False,  # The walk is shuffled; Keras would shuffle its steps, and not repeatably.
         epochs=epochs,
         validation_data=validation_data,
-        validation_batch_size=training.batch_size,
+        validation_batch_size=validation_batch_size,
         callbacks=callbacks,
         verbose=1 if console.is_terminal else 2,  # pyright: ignore[reportArgumentType]
     )
     if training.patience and best.is_file():
         trainer.load_weights(str(best))
+    predict_on_one_device(trainer)
     return {
         "history": log.rows,
         "fit_seconds": time.perf_counter() - started,
         "input_seconds": batches.seconds,
+        "peak_bytes": peak_bytes() if sys.platform == "linux" else None,
         "stopped_early": len(log.rows) < training.steps // training.steps_per_epoch,
     }
 
@@ -117,8 +132,8 @@ def _optimizer(training: TrainingConfig) -> keras.optimizers.Optimizer:
         warmup_target=training.learning_rate if warmup else None,
         warmup_steps=warmup,
     )
-    optimizer = keras.optimizers.AdamW(
-        schedule,  # pyright: ignore[reportArgumentType]  Keras takes a schedule too.
+    optimizer = adamw(
+        schedule,
         beta_2=training.beta_2,
         weight_decay=training.weight_decay,
         global_clipnorm=training.clip_norm,
@@ -146,7 +161,10 @@ def _finished_epochs(backup: Path) -> int:
 
 
 class _EpochLog(keras.callbacks.Callback):
-    """Keeps the figures of every epoch in a file of JSON lines, over kills and resumes."""
+    """Keeps the figures of every epoch in a file of JSON lines, over kills and resumes.
+
+    `seconds` is what the epoch took, and `training_seconds` its part without the validation.
+    """
 
     def __init__(self, path: Path, finished_epochs: int):
         super().__init__()
@@ -158,8 +176,16 @@ class _EpochLog(keras.callbacks.Callback):
             self.rows = [json.loads(line) for line in lines[:finished_epochs]]
         path.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
 
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        self._begun = time.perf_counter()
+
+    def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
+        self._trained = time.perf_counter()
+
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         row = {"epoch": epoch, **{name: float(value) for name, value in (logs or {}).items()}}
+        row["seconds"] = time.perf_counter() - self._begun
+        row["training_seconds"] = self._trained - self._begun
         self.rows.append(row)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")

@@ -18,7 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from training.command import make_parser, prepare_output, start_keras
+from training.command import make_parser, prepare_output, start_keras, use_devices
 from training.config import load_config
 from training.data.examples import texts_sha256
 from training.data.fasta import Protein
@@ -110,6 +110,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     # 1. Everything that can be wrong is found before anything is compiled.
     try:
         config = load_config(Config, arguments.config, arguments.set)
+        use_devices(arguments, config)
         proteins, heldout, source = read_proteins(arguments.fasta, config)
         output = prepare_output(arguments.output, config, sequences_sha256(proteins, heldout))
         model, preprocessor = build_model(config, arguments.backend)

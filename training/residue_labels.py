@@ -20,7 +20,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from training.command import make_parser, prepare_output, start_keras, write_json
+from training.command import (
+    make_parser,
+    prepare_output,
+    start_keras,
+    use_devices,
+    write_json,
+)
 from training.config import load_config
 from training.data.examples import Splits, columns_of, load_examples, texts_sha256
 from training.data.padded_rows import bracket, pad_rows
@@ -132,6 +138,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     # 1. Everything that can be wrong is found before anything is compiled.
     try:
         config = load_config(Config, arguments.config, arguments.set)
+        use_devices(arguments, config)
         splits, source = read_splits(config, arguments.file)
         parts = {
             split: read_chains(examples, config.data.states, source)

@@ -122,6 +122,12 @@ def run_facts(config: Any, source: str, seconds: float, **counts: int) -> dict[s
     }
 
 
+def peak_bytes() -> int:
+    """Return the most main memory that this process has held, as Linux tells it."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+
+
 def finish(output: Path, metrics: dict[str, Any], console: Console) -> None:
     """Write the figures, and only then give up the backup, from which the run could go on."""
     write_json(output / "metrics.json", metrics)

@@ -6,6 +6,7 @@ from keras_performer.ops.favor_attention import (
     favor_attention,
     favor_attention_weights,
 )
+from keras_performer.ops.sharded_favor_attention import sharded_favor_attention
 from keras_performer.ops.sliding_window_attention import sliding_window_attention
 from keras_performer.ops.softmax_attention import (
     empty_softmax_state,
@@ -19,6 +20,7 @@ __all__ = [
     "export_loops",
     "favor_attention",
     "favor_attention_weights",
+    "sharded_favor_attention",
     "sliding_window_attention",
     "softmax_attention",
     "softmax_weights",
