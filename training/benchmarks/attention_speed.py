@@ -25,6 +25,7 @@ from rich.table import Table
 from keras_performer.feature_maps import FavorPlus
 from keras_performer.ops import favor_attention
 from training.benchmarks.timing import interleaved, machine_rates, make_workload
+from training.results import peak_bytes
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -202,14 +203,9 @@ def peak_memory(function: Function, length: int) -> int:
     make_workload(function, (1, CHUNK, HEADS, HEAD_DIM)).train_on_batch(one, one)
     model = make_workload(function, (1, length, HEADS, HEAD_DIM))
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before = _peak()
+    before = peak_bytes()
     model.train_on_batch(one, one)
-    return _peak() - before
-
-
-def _peak() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    return peak_bytes() - before
 
 
 def table(length: int, measured: dict[str, Any], causal: bool) -> Table:
