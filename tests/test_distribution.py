@@ -208,6 +208,8 @@ CHAINS = {
     "training.warmup_steps": 1,
     "training.clip_norm": 0.05,
     "training.patience": 5,
+    "training.precision": "float32",
+    "training.accumulate": 1,
     "training.redraw_features_every": 2,
     "training.validation_windows": 16,
 }

@@ -59,7 +59,11 @@ def save_language_model(folder):
     "backbone_class, options",
     [
         (PerformerEncoderBackbone, {"exact_window": 4, "num_heads": 4, "num_key_value_heads": 2}),
-        (PerformerDecoderBackbone, {"exact_window": 4, "num_sink_tokens": 1}),
+        pytest.param(
+            PerformerDecoderBackbone,
+            {"exact_window": 4, "num_sink_tokens": 1},
+            marks=pytest.mark.slow_on_jax,
+        ),
         (PerformerDecoderBackbone, {"attention": "sliding_window", "sliding_window": 4}),
     ],
 )

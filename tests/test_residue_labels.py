@@ -32,6 +32,7 @@ SMALL = {
     "training.learning_rate": 1e-2,
     "training.warmup_steps": 2,
     "training.patience": 0,
+    "training.precision": "float32",
     "training.validation_windows": 16,
 }
 # A state for each letter, so that there is something to learn.

@@ -497,6 +497,8 @@ def draw(results: dict[str, Any]) -> Figure:
         panel.set(xlabel="tokens", ylabel=what, xscale="log", yscale="log")
         panel.set_xticks(cost["lengths"], [f"{length:,}" for length in cost["lengths"]])
         panel.xaxis.minorticks_off()
+    # A short step may add nothing, of which there is no logarithm.
+    memory.set_yscale("symlog", linthresh=1)
     time.set_title("Time of a training step, one sequence")
     memory.set_title("Memory of a training step, one sequence")
     for panel in (quality, time, memory):

@@ -17,12 +17,14 @@ The figures are in `inspection.json` too.
 import argparse
 import json
 import math
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from rich.console import Console
 
@@ -415,7 +417,9 @@ def token_name(tokenizer: Any, index: int) -> str:
     if index >= tokenizer.vocabulary_size():
         return str(index)
     name = tokenizer.id_to_token(index)
-    return ascii(name)[1:-1] if isinstance(name, str) else str(name)
+    byte = re.fullmatch("<0x([0-9A-F]{2})>", name)
+    character = chr(int(byte[1], 16)) if byte else name
+    return character if character.isascii() and character.isprintable() else ascii(name)[1:-1]
 
 
 def measure_cost(backbone: Any, lengths: Sequence[int]) -> dict[str, Any]:
@@ -460,14 +464,18 @@ def draw_maps(
         edge = record.key.shape[1]
         for head in range(num_heads):
             both = [by_head[head] for by_head in pair]
-            # One scale for the two, which some very large cells do not decide.
+            # One scale for the two, which some very large cells do not decide. By the square root,
+            # so that the even shares of one show beside the peaks of the other.
             top = max(float(np.quantile(cells, 0.995)) for cells in both)
             for column, (cells, name) in enumerate(zip(both, ("softmax", "layer"), strict=True)):
                 panel = panels[number, 2 * head + column]
                 panel.imshow(
-                    cells, vmin=0, vmax=top, cmap="magma", extent=(0, edge, edge, 0),
+                    cells,
+                    norm=PowerNorm(0.5, vmin=0, vmax=top),
+                    cmap="magma",
+                    extent=(0, edge, edge, 0),
                     interpolation="nearest",
-                )  # fmt: skip
+                )
                 panel.set_title(f"layer {number}, head {head}: {name}", fontsize=8)
                 panel.tick_params(labelsize=6)
                 panel.label_outer()
@@ -534,15 +542,16 @@ def draw_predictions(found: Predictions, name: str) -> Figure:
     places = np.arange(1, length + 1)
     if of_truth is not None:
         panels[1].bar(places, of_truth, width=1.0, color="C0")
-        panels[1].axhline(of_truth.mean(), color="C3", label=f"mean {of_truth.mean():.3f}")
+        panels[1].axhline(of_truth.mean(), color="C3", label=f"mean {of_truth.mean():.3g}")
         panels[1].set(ylabel="probability\nof the true token")
         panels[1].legend(loc="upper right", fontsize=8)
     panels[-1].step(places, found.entropy, where="mid", color="C0", linewidth=0.8)
-    panels[-1].axhline(
-        math.log2(len(rows)), color="gray", linestyle=":", label=f"{len(rows)} equally probable"
-    )
+    if len(rows) < SHOWN_TOKENS:
+        # Rows that are not shown would make it more.
+        label = f"{len(rows)} equally probable"
+        panels[-1].axhline(math.log2(len(rows)), color="gray", linestyle=":", label=label)
+        panels[-1].legend(loc="lower right", fontsize=8)
     panels[-1].set(ylabel="entropy in bits", xlabel="place", xlim=extent[:2])
-    panels[-1].legend(loc="lower right", fontsize=8)
     figure.suptitle(f"{name}: {found.what}")
     return figure
 
