@@ -146,6 +146,8 @@ def _optimizer(training: TrainingConfig) -> keras.optimizers.Optimizer:
 def _begin_epoch(trainer: keras.Model, batches: Batches, seed: int, epoch: int) -> None:
     """Set everything that chance decides in an epoch to what follows from the seed."""
     batches.epoch = epoch
+    # On PyTorch, layers without a seed of their own draw from its global generator.
+    keras.utils.set_random_seed(int(np.random.SeedSequence((seed, 4, epoch)).generate_state(1)[0]))
     # Keras saves no state of its random generators with the weights.
     generators = [v for v in trainer.variables if v.path.endswith("seed_generator_state")]
     for number, state in enumerate(generators):
