@@ -47,8 +47,10 @@ def left_padded(length, padding):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("padding", [0, 2, 8])
-@pytest.mark.parametrize("splits", [(7,), (1, 2, 3, 12)])
+@pytest.mark.parametrize("padding", [pytest.param(0, marks=pytest.mark.slow_on_jax), 2, 8])
+@pytest.mark.parametrize(
+    "splits", [pytest.param((7,), marks=pytest.mark.slow_on_jax), (1, 2, 3, 12)]
+)
 def test_a_causal_stream_equals_one_call(kind, padding, splits):
     # With 8 tokens of padding the first chunks of a row hold nothing but padding.
     layer = make_layer(kind, rotary_max_wavelength=100)

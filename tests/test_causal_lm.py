@@ -30,6 +30,12 @@ KINDS = {
 PROMPTS = ["MKTAY", "M", "MKT"]
 
 
+def kinds(*names, long_on_jax=()):
+    """The parameters of a test; what the tests of layers hold too can be left out on JAX."""
+    slow = pytest.mark.slow_on_jax
+    return [pytest.param(name, marks=slow if name in long_on_jax else ()) for name in names]
+
+
 def make_backbone(backbone_class=PerformerDecoderBackbone, **options):
     keras.utils.set_random_seed(3)
     backbone = backbone_class(
@@ -79,7 +85,9 @@ def greedy_by_full_passes(model, inputs):
     return token_ids, min(margins)
 
 
-@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"relu"}))
+@pytest.mark.parametrize(
+    "kind", kinds(*sorted(set(KINDS) - {"relu"}), long_on_jax=["learned", "sliding_window"])
+)
 def test_greedy_tokens_are_those_of_full_passes(kind):
     model = make_model(tie_weights=False, **KINDS[kind])
     inputs = model.preprocessor.generate_preprocess(PROMPTS)
@@ -96,7 +104,17 @@ def test_greedy_tokens_are_those_of_full_passes(kind):
     assert alone == preprocessor.generate_postprocess(output)[0]
 
 
-@pytest.mark.parametrize("sampler", ["top_k", "top_p", "beam", "random", "contrastive"])
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        "top_p",
+        "beam",
+        *(
+            pytest.param(x, marks=pytest.mark.slow_on_jax)
+            for x in ("top_k", "random", "contrastive")
+        ),
+    ],
+)
 def test_samplers_keep_the_prompts(sampler):
     if sampler == "contrastive":
         sampler = keras_hub.samplers.ContrastiveSampler(k=3, alpha=0.2)
@@ -153,7 +171,9 @@ def test_the_prompt_can_be_left_out():
     assert [prompt + text for prompt, text in zip(PROMPTS, rest, strict=True)] == whole
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", kinds(*KINDS, long_on_jax=["relu", "learned", "reversible", "sliding_window"])
+)
 def test_a_stream_of_chunks_equals_one_call(kind):
     model = make_model(**KINDS[kind])
     token_ids = make_tokens(14)
