@@ -22,10 +22,9 @@ from keras_performer.models import (
     PerformerMaskedLM,
 )
 from keras_performer.ops import favor_attention, sharded_favor_attention
-from training import residue_labels
+from training import loop, residue_labels
 from training.data.batches import Batches
 from training.distribution import distribute
-from training.loop import fit
 from training.sections import ModelConfig, TrainingConfig
 
 BACKEND = keras.config.backend()
@@ -112,7 +111,7 @@ def train(output):
         training.steps_per_epoch,
         seed=0,
     )
-    record = fit(
+    record = loop.fit(
         trainer,
         batches,
         (x[64:], y[64:], weights[64:]),
@@ -134,20 +133,27 @@ def copies_of(variable):
 
 
 def train_on_devices(choice, output):
+    seen = {}
+    gather = loop.gather
+
+    def look_and_gather(trainer):
+        attention = trainer.get_layer("block")
+        copies = copies_of(attention.feature_map.projection)
+        query = next(w for w in attention.weights if w.path.endswith("query/kernel"))
+        seen["num_copies"] = len(copies)
+        seen["equal_copies"] = bool(all((copy == copies[0]).all() for copy in copies))
+        seen["query_shard"] = copies_of(query)[0].shape
+        gather(trainer)
+
+    loop.gather = look_and_gather
     distribute(choice, TrainingConfig(**TRAINING), SHAPE)
     trainer, record, x = train(Path(output))
-    attention = trainer.get_layer("block")
-    copies = copies_of(attention.feature_map.projection)
-    query = next(w for w in attention.weights if w.path.endswith("query/kernel"))
     result = {
         "history": record["history"],
         "weights": [to_numpy(w).tolist() for w in trainer.weights],
         "prediction": trainer.predict_on_batch(x).tolist(),
-        "num_copies": len(copies),
-        "equal_copies": all((copy == copies[0]).all() for copy in copies),
-        "query_shard": copies_of(query)[0].shape,
     }
-    print(json.dumps(result))
+    print(json.dumps({**seen, **result}))
 
 
 @pytest.mark.parametrize(

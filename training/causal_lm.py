@@ -151,6 +151,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     # 4. Save the preset, and generate with what was saved.
     from keras_performer.models import PerformerCausalLM
+    from training.distribution import num_replicas
 
     preset = output / "preset"
     model.save_to_preset(str(preset))
@@ -164,7 +165,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "the reloaded preset", *logits, RELOAD_TOLERANCE
     )
     reloaded.compile(sampler="top_p")
-    metrics["sample"] = reloaded.generate(prompt, max_length=length)
+    # A row for each replica that a model divided among devices has; otherwise there is one.
+    metrics["sample"] = reloaded.generate([prompt] * num_replicas(), max_length=length)[0]
     console.print(f"Preset: {preset}. What it writes after {prompt!r}:")
     console.print(metrics["sample"], markup=False)
 

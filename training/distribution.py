@@ -305,20 +305,27 @@ class TensorFlowAdamW(keras.optimizers.AdamW):
         super().apply(grads, trainable_variables)
 
 
-def predict_on_one_device(trainer: keras.Model) -> None:
-    """End a `MirroredStrategy`, in which each replica would predict a whole batch.
+def gather(trainer: keras.Model) -> None:
+    """Go on with one device after the training, if each has a copy of the whole model.
 
-    JAX needs no end: there a batch that is not divided is predicted once.
+    What is predicted, saved and generated then is what one device would. Weights that are divided
+    ("model:k") stay where they are: one device may be too small for them.
 
     **Args**
         trainer: The model that was trained.
     """
-    if _mirrored_replicas() == 1:
-        return
-    import tensorflow as tf
+    if _mirrored_replicas() > 1:
+        import tensorflow as tf
 
-    tf.distribute.experimental_set_strategy(None)
-    # A Keras model keeps the strategy that it was made in, so another one predicts.
-    alone = keras.Model(trainer.inputs, trainer.outputs)
-    alone.make_predict_function()
-    trainer.predict_function = alone.predict_function
+        tf.distribute.experimental_set_strategy(None)
+        # A Keras model keeps the strategy that it was made in, and each replica would predict a
+        # whole batch there, so another model predicts.
+        alone = keras.Model(trainer.inputs, trainer.outputs)
+        alone.make_predict_function()
+        trainer.predict_function = alone.predict_function
+    elif isinstance(keras.distribution.distribution(), keras.distribution.DataParallel):
+        keras.distribution.set_distribution(None)
+        for variable in trainer.variables:
+            # Keras has no public way to let go of a layout.
+            variable._layout = None
+            variable.assign(np.asarray(variable.value))

@@ -272,7 +272,7 @@ def inputs_of(rows: np.ndarray) -> dict[str, np.ndarray]:
 
 def record_layers(model: Any, row: np.ndarray) -> list[Any]:
     """Return the `AttentionRecord` of each layer for one sequence."""
-    from keras_performer.layers._recording import record_attention
+    from keras_performer.layers import record_attention
 
     with record_attention() as records:
         model.backbone(inputs_of(row[None]), training=False)
@@ -320,12 +320,12 @@ def attention_maps(record: Any, num_blocks: int) -> tuple[np.ndarray, np.ndarray
 
 def layer_health(record: Any) -> dict[str, np.ndarray]:
     """Return the figures (N,) of `AttentionHealth`; none for exact attention."""
-    from keras_performer.callbacks._health import attention_health
+    from keras_performer.callbacks import health_of_heads
 
     layer = record.layer
     if layer.feature_map is None:
         return {}
-    figures = attention_health(
+    figures = health_of_heads(
         record.query,
         record.key,
         layer.feature_map,

@@ -16,7 +16,7 @@ from training.data.batches import Batches
 from training.distribution import (
     adamw,
     check_same_epoch,
-    predict_on_one_device,
+    gather,
     share_work,
 )
 from training.results import peak_bytes
@@ -112,7 +112,7 @@ def fit(
     )
     if training.patience and best.is_file():
         trainer.load_weights(str(best))
-    predict_on_one_device(trainer)
+    gather(trainer)
     return {
         "history": log.rows,
         "fit_seconds": time.perf_counter() - started,

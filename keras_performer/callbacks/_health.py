@@ -13,7 +13,7 @@ DEFAULT_WINDOW = 64
 """The window whose share of attention is measured where there is no exact window."""
 
 
-def attention_health(
+def health_of_heads(
     query: Any,
     key: Any,
     feature_map: FeatureMap,
@@ -66,7 +66,7 @@ def attention_health(
 
     >>> x = np.random.default_rng(0).normal(size=(1, 9, 2, 8))
     >>> feature_map = keras_performer.feature_maps.FavorPlus(16, seed=0)
-    >>> attention_health(x, x, feature_map)["total_variation"].shape
+    >>> health_of_heads(x, x, feature_map)["total_variation"].shape
     (2,)
 
     **Source** Choromanski et al. 2021, arXiv 2009.14794, lemma 2, and Likhosherstov et al. 2022,

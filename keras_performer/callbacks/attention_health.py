@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_performer.callbacks._health import attention_health
+from keras_performer.callbacks._health import health_of_heads
 from keras_performer.callbacks._step_multiples import StepMultiples, step_count
 from keras_performer.layers import PerformerAttention
 from keras_performer.layers._arguments import positive_int
@@ -146,7 +146,7 @@ class AttentionHealth(keras.callbacks.Callback):
             layer = record.layer
             if layer.feature_map is None:
                 continue
-            figures = attention_health(
+            figures = health_of_heads(
                 record.query,
                 record.key,
                 layer.feature_map,

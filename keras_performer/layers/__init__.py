@@ -1,5 +1,6 @@
 """Keras layers: attention and what is built of it. Needs keras and numpy only."""
 
+from keras_performer.layers._recording import record_attention
 from keras_performer.layers.performer_attention import PerformerAttention
 from keras_performer.layers.performer_decoder_block import PerformerDecoderBlock
 from keras_performer.layers.performer_encoder_block import PerformerEncoderBlock
@@ -10,4 +11,5 @@ __all__ = [
     "PerformerDecoderBlock",
     "PerformerEncoderBlock",
     "ReversibleStack",
+    "record_attention",
 ]
