@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 from gradients import call
+from marks import slow_on_jax
 from tolerances import assert_close, to_numpy
 
 from keras_performer.layers import PerformerAttention
@@ -47,10 +48,8 @@ def left_padded(length, padding):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("padding", [pytest.param(0, marks=pytest.mark.slow_on_jax), 2, 8])
-@pytest.mark.parametrize(
-    "splits", [pytest.param((7,), marks=pytest.mark.slow_on_jax), (1, 2, 3, 12)]
-)
+@pytest.mark.parametrize("padding", [*slow_on_jax(0), 2, 8])
+@pytest.mark.parametrize("splits", [*slow_on_jax((7,)), (1, 2, 3, 12)])
 def test_a_causal_stream_equals_one_call(kind, padding, splits):
     # With 8 tokens of padding the first chunks of a row hold nothing but padding.
     layer = make_layer(kind, rotary_max_wavelength=100)

@@ -4,6 +4,7 @@ import keras
 import keras_hub
 import numpy as np
 import pytest
+from marks import slow_on_jax
 from test_performerize import (  # noqa: F401, a fixture
     HUB,
     attention_model,
@@ -11,7 +12,6 @@ from test_performerize import (  # noqa: F401, a fixture
     eagerly,
     inputs_of,
     randomize,
-    slow_on_jax,
     task_of,
     to_numpy,
     tokens,

@@ -7,6 +7,7 @@ import keras_hub
 import numpy as np
 import pytest
 from gradients import call
+from marks import slow_on_jax
 from tolerances import assert_close, to_numpy
 
 from keras_performer.models import (
@@ -28,12 +29,6 @@ KINDS = {
     "sliding_window": {"attention": "sliding_window", "sliding_window": 5},
 }
 PROMPTS = ["MKTAY", "M", "MKT"]
-
-
-def kinds(*names, long_on_jax=()):
-    """The parameters of a test; what the tests of layers hold too can be left out on JAX."""
-    slow = pytest.mark.slow_on_jax
-    return [pytest.param(name, marks=slow if name in long_on_jax else ()) for name in names]
 
 
 def make_backbone(backbone_class=PerformerDecoderBackbone, **options):
@@ -85,8 +80,13 @@ def greedy_by_full_passes(model, inputs):
     return token_ids, min(margins)
 
 
+# What the tests of layers hold too is left out on JAX.
 @pytest.mark.parametrize(
-    "kind", kinds(*sorted(set(KINDS) - {"relu"}), long_on_jax=["learned", "sliding_window"])
+    "kind",
+    [
+        *sorted(KINDS.keys() - {"relu", "learned", "sliding_window"}),
+        *slow_on_jax("learned", "sliding_window"),
+    ],
 )
 def test_greedy_tokens_are_those_of_full_passes(kind):
     model = make_model(tie_weights=False, **KINDS[kind])
@@ -106,14 +106,7 @@ def test_greedy_tokens_are_those_of_full_passes(kind):
 
 @pytest.mark.parametrize(
     "sampler",
-    [
-        "top_p",
-        "beam",
-        *(
-            pytest.param(x, marks=pytest.mark.slow_on_jax)
-            for x in ("top_k", "random", "contrastive")
-        ),
-    ],
+    ["top_p", "beam", *slow_on_jax("top_k", "random", "contrastive")],
 )
 def test_samplers_keep_the_prompts(sampler):
     if sampler == "contrastive":
@@ -172,7 +165,11 @@ def test_the_prompt_can_be_left_out():
 
 
 @pytest.mark.parametrize(
-    "kind", kinds(*KINDS, long_on_jax=["relu", "learned", "reversible", "sliding_window"])
+    "kind",
+    [
+        *sorted(KINDS.keys() - {"relu", "learned", "reversible", "sliding_window"}),
+        *slow_on_jax("relu", "learned", "reversible", "sliding_window"),
+    ],
 )
 def test_a_stream_of_chunks_equals_one_call(kind):
     model = make_model(**KINDS[kind])

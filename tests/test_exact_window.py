@@ -7,6 +7,7 @@ import oracles
 import pytest
 from gradients import attend, attention_gradients, gradients, implementations
 from keras import ops
+from marks import slow_on_jax
 from test_favor_attention import (
     BATCH,
     FEATURES,
@@ -376,11 +377,9 @@ def test_other_float_types(dtype, causal):
 @pytest.mark.parametrize(
     "splits",
     [
-        pytest.param((1,), marks=pytest.mark.slow_on_jax),
-        pytest.param((64,), marks=pytest.mark.slow_on_jax),
         (129,),
-        pytest.param((5, 6, 100, 137), marks=pytest.mark.slow_on_jax),
         tuple(range(1, 40)),
+        *slow_on_jax((1,), (64,), (5, 6, 100, 137)),
     ],
 )
 def test_split_and_resume_equals_one_call(implementation, segmented, splits):

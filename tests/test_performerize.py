@@ -10,6 +10,7 @@ import keras
 import keras_hub
 import numpy as np
 import pytest
+from marks import slow_on_jax
 from tolerances import assert_close, assert_exact
 
 from keras_performer.convert import (
@@ -39,10 +40,6 @@ WORDS = ["a", "quick", "fox", "dog", "sleeps", "runs"]
 
 def to_numpy(x):
     return keras.tree.map_structure(keras.ops.convert_to_numpy, x)
-
-
-def slow_on_jax(*cases):
-    return [pytest.param(case, marks=pytest.mark.slow_on_jax) for case in cases]
 
 
 def slow_but_on_torch(*cases):
