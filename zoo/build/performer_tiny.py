@@ -13,22 +13,19 @@ from training.data.masked_batches import mask_proteins
 from training.data.protein_sample import load_protein_sample
 from zoo.build import tables
 from zoo.build._preset import publish
-from zoo.build._record import Data, Metric, Point, Record
+from zoo.build._record import Data, Metric, Record
+from zoo.build._runs import facts, run
 
 NAME = "performer_tiny"
-CONFIG = Path("training") / "configs" / f"{NAME}.toml"
-RUN = Path("runs") / NAME
+CONFIG = f"{NAME}.toml"
 
 
 def main() -> None:
     """Train, and write the folder and the tables."""
-    model = protein_masked_lm.main(["--config", str(CONFIG), "--output", str(RUN)])
-    twin = protein_masked_lm.main(
-        ["--config", str(CONFIG), "--output", f"{RUN}_softmax", "--set", "model.attention=softmax"]
-    )
+    model, output = run(protein_masked_lm, CONFIG, NAME)
+    twin, _ = run(protein_masked_lm, CONFIG, f"{NAME}_softmax", "model.attention=softmax")
 
-    heldout, training = model["heldout"], model["config"]["training"]
-    tokens_per_step = training["batch_size"] * model["config"]["data"]["sequence_length"]
+    heldout = model["heldout"]
     margin, twin_margin = heldout["difference"], twin["heldout"]["difference"]
     scores = (heldout["model"], twin["heldout"]["model"], heldout["unigram"])
     record = Record(
@@ -46,16 +43,6 @@ def main() -> None:
                 "proteins held out": heldout["proteins"],
             },
         ),
-        config=model["config"],
-        hardware="2 x86 cores of a virtual machine that other work shared",
-        backend=f"Keras {model['keras']} on {model['backend']}",
-        wall_seconds=model["seconds"],
-        tokens_seen=training["steps"] * tokens_per_step,
-        steps=training["steps"],
-        curve=[
-            Point((i + 1) * training["steps_per_epoch"], row["loss"], row["val_loss"])
-            for i, row in enumerate(model["training"]["history"])
-        ],
         evaluation=(
             f"{heldout['masked_residues']:,} masked residues of the held-out proteins, in windows "
             "of at most 126 residues. Cross-entropy, mean over proteins, is "
@@ -76,14 +63,16 @@ def main() -> None:
         ],
         intended_use="Tests, tutorials and trying out the package. It is no model for research.",
         rebuild=f"python -m zoo.build.{NAME}",
+        # Whole windows, which hold 123 tokens of 128 in the mean.
+        **facts(model, model["config"]["data"]["sequence_length"]),
     )
-    publish(RUN / "preset", record, heldout_inputs())
+    publish(output / "preset", record, heldout_inputs(output))
     tables.main()
 
 
-def heldout_inputs() -> dict[str, np.ndarray]:
+def heldout_inputs(output: Path) -> dict[str, np.ndarray]:
     """Return masked held-out proteins, on which the effect of rounding is measured."""
-    preprocessor = PerformerMaskedLMPreprocessor.from_preset(RUN / "preset")
+    preprocessor = PerformerMaskedLMPreprocessor.from_preset(output / "preset")
     _, heldout = load_protein_sample()
     ids = [np.asarray(preprocessor.tokenizer.tokenize(p.sequence), "int32") for p in heldout[:64]]
     inputs, _, _ = mask_proteins(ids, preprocessor, np.random.default_rng(0), always_mask=True)
