@@ -14,7 +14,7 @@ import pytest
 from tolerances import assert_close, assert_exact, to_numpy
 
 from keras_performer.callbacks import AttentionHealth, RedrawFeatures
-from keras_performer.callbacks._health import health_of_heads
+from keras_performer.callbacks._health import attention_health
 from keras_performer.feature_maps import FavorPlus, FavorPlusPlus, FeatureMap, ReLU, Trigonometric
 from keras_performer.layers import PerformerAttention, PerformerEncoderBlock
 from keras_performer.layers._recording import record_attention
@@ -162,7 +162,7 @@ def test_health_is_that_of_a_loop_over_pairs(causal, options):
     options = {**options, "causal": causal}
     phi = [favor_features(feature_map, x) for x in (query, key)]
     expected = health_loop(query, key, *phi, **options)
-    assert_same_figures(health_of_heads(query, key, feature_map, **options), expected)
+    assert_same_figures(attention_health(query, key, feature_map, **options), expected)
 
 
 def test_health_of_cross_attention():
@@ -172,7 +172,7 @@ def test_health_of_cross_attention():
     phi = [favor_features(feature_map, x) for x in (query, key)]
     expected = health_loop(query, key, *phi, key_mask=mask)
     assert "window_share" not in expected
-    assert_same_figures(health_of_heads(query, key, feature_map, key_mask=mask), expected)
+    assert_same_figures(attention_health(query, key, feature_map, key_mask=mask), expected)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -184,7 +184,7 @@ def test_maps_that_do_not_estimate_softmax_have_two_figures(causal):
     phi = [np.maximum(x @ rows.T, 0) + 1e-3 for x in (query, key)]
     expected = health_loop(query, key, *phi, causal=causal)
     kept = {name: expected[name] for name in ("total_variation", "effective_features")}
-    assert_same_figures(health_of_heads(query, key, feature_map, causal=causal), kept)
+    assert_same_figures(attention_health(query, key, feature_map, causal=causal), kept)
 
 
 def test_estimates_below_zero_have_no_weight():
@@ -196,7 +196,7 @@ def test_estimates_below_zero_have_no_weight():
     softmax = np.exp(np.einsum("btjgh,bsjh->bjgts", query.reshape(2, 17, 3, 2, 5), key) / 5**0.5)
     softmax = (softmax / softmax.sum(-1, keepdims=True)).reshape(weights.shape)
     expected = 0.5 * np.abs(softmax - weights).sum(-1).mean((0, 2))
-    figures = health_of_heads(query, key, feature_map)
+    figures = attention_health(query, key, feature_map)
     np.testing.assert_allclose(figures["total_variation"], expected, **HEALTH)
 
 
@@ -230,7 +230,7 @@ def test_variance_of_favor_plus_plus_follows_its_averages(balanced, per_head):
         weights = np.exp(np.einsum("bth,bsh->bts", x, y))
         weights /= weights.sum(-1, keepdims=True)
         expected.append((weights * variance).sum(-1).mean())
-    actual = health_of_heads(query, key, feature_map)["relative_variance"]
+    actual = attention_health(query, key, feature_map)["relative_variance"]
     np.testing.assert_allclose(actual, expected, rtol=1e-3)
 
 
@@ -246,7 +246,7 @@ def test_measured_variance_averages_to_the_formula(kind):
     measured = []
     for seed in range(400):
         feature_map.redraw(seed)
-        figures = health_of_heads(query, key, feature_map)
+        figures = attention_health(query, key, feature_map)
         measured.append(figures["measured_relative_variance"][0])
     standard_error = np.std(measured) / len(measured) ** 0.5
     assert standard_error < 0.1 * np.mean(measured)
@@ -255,7 +255,7 @@ def test_measured_variance_averages_to_the_formula(kind):
 
 def test_trained_projections_have_no_formula():
     query, key = queries_and_keys()
-    figures = health_of_heads(query, key, favor_plus(trainable_projection=True))
+    figures = attention_health(query, key, favor_plus(trainable_projection=True))
     assert "measured_relative_variance" in figures
     assert "relative_variance" not in figures
 
@@ -263,9 +263,9 @@ def test_trained_projections_have_no_formula():
 def test_what_a_masked_key_holds_does_not_matter():
     query, key = queries_and_keys()
     feature_map, mask = favor_plus(), left_padding()
-    expected = health_of_heads(query, key, feature_map, key_mask=mask)
+    expected = attention_health(query, key, feature_map, key_mask=mask)
     query[~mask], key[~mask] = np.nan, np.nan
-    figures = health_of_heads(query, key, feature_map, key_mask=mask)
+    figures = attention_health(query, key, feature_map, key_mask=mask)
     for name in expected:
         assert np.isfinite(expected[name]).all()
         assert_exact(figures[name], expected[name])
@@ -276,7 +276,7 @@ def test_a_head_without_keys_has_no_figures():
     mask = np.ones((BATCH, KEY_HEADS, LENGTH), bool)
     mask[:, 1] = False
     mask[1] = False
-    for name, values in health_of_heads(query, key, favor_plus(), key_mask=mask).items():
+    for name, values in attention_health(query, key, favor_plus(), key_mask=mask).items():
         assert_exact(np.isnan(values), np.array([False, False, True, True, False, False])), name
 
 
@@ -287,7 +287,7 @@ def test_large_norms_are_told_and_not_hidden(scale):
     feature_map = FavorPlus(8, seed=0)
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
-        figures = health_of_heads(query, query, feature_map)
+        figures = attention_health(query, query, feature_map)
     square = 4 * scale**2 / 2
     expected = (math.exp(square) - 1) / 8 if square < 700 else np.inf
     np.testing.assert_allclose(figures["relative_variance"], [expected], rtol=1e-5)
@@ -301,10 +301,10 @@ def test_a_sample_of_queries_sees_every_key():
     query, key = queries_and_keys()
     query[:] = query[:1, :1]
     feature_map = favor_plus()
-    expected = health_of_heads(query, key, feature_map)
+    expected = attention_health(query, key, feature_map)
     del expected["window_share"]
     for max_tokens in (1, 6, 17):
-        figures = health_of_heads(query, key, feature_map, max_tokens=max_tokens)
+        figures = attention_health(query, key, feature_map, max_tokens=max_tokens)
         del figures["window_share"]
         assert_same_figures(figures, expected)
 
@@ -312,10 +312,10 @@ def test_a_sample_of_queries_sees_every_key():
 def test_a_sample_is_of_some_queries_and_the_same_each_time():
     query, key = queries_and_keys()
     options = {"causal": True, "key_mask": left_padding()}
-    whole = health_of_heads(query, key, favor_plus(), **options)
-    assert_same_figures(health_of_heads(query, key, favor_plus(), **options, max_tokens=17), whole)
-    sample = health_of_heads(query, key, favor_plus(), **options, max_tokens=10)
-    again = health_of_heads(query, key, favor_plus(), **options, max_tokens=10)
+    whole = attention_health(query, key, favor_plus(), **options)
+    assert_same_figures(attention_health(query, key, favor_plus(), **options, max_tokens=17), whole)
+    sample = attention_health(query, key, favor_plus(), **options, max_tokens=10)
+    again = attention_health(query, key, favor_plus(), **options, max_tokens=10)
     for name in ("relative_variance", "effective_features", "total_variation"):
         assert_exact(sample[name], again[name])
         assert np.abs(sample[name] - whole[name]).min() > 1e-3
@@ -324,8 +324,8 @@ def test_a_sample_is_of_some_queries_and_the_same_each_time():
 
 def test_half_precision_tensors_are_measured():
     query, key = (keras.ops.cast(x, "bfloat16") for x in queries_and_keys())
-    expected = health_of_heads(to_numpy(query), to_numpy(key), favor_plus())
-    assert_same_figures(health_of_heads(query, key, favor_plus()), expected)
+    expected = attention_health(to_numpy(query), to_numpy(key), favor_plus())
+    assert_same_figures(attention_health(query, key, favor_plus()), expected)
 
 
 # === Recording ===
@@ -671,7 +671,7 @@ def test_the_callback_looks_at_as_many_tokens_as_it_is_told_to():
     with record_attention() as records:
         model(x)
     _, query, key, *_ = records[0]
-    sample = health_of_heads(query, key, records[0].layer.feature_map, max_tokens=6)
+    sample = attention_health(query, key, records[0].layer.feature_map, max_tokens=6)
     for head, entry in enumerate(callback.history):
         for name, values in sample.items():
             assert entry[name] == pytest.approx(values[head], rel=1e-4)
@@ -782,7 +782,7 @@ def test_every_attention_of_a_model_is_measured():
         assert [record.causal for record in records] == expected
         for layer, query, key, key_mask, causal, segment_ids in records:
             options = {"causal": causal, "key_mask": key_mask, "segment_ids": segment_ids}
-            figures = health_of_heads(query, key, layer.feature_map, **options)
+            figures = attention_health(query, key, layer.feature_map, **options)
             assert figures["total_variation"].shape == (3,)
             assert all(np.isfinite(values).all() for values in figures.values())
 

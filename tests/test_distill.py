@@ -52,8 +52,7 @@ def files(tmp_path_factory):
             num_heads=2,
             hidden_dim=6,
             intermediate_dim=7,
-            # PyTorch draws that of keras-hub's layers from its global generator.
-            dropout=0.0,
+            dropout=0.1,
             max_sequence_length=16,
         ),
         keras_hub.models.RobertaMaskedLMPreprocessor(tokenizer, sequence_length=16),

@@ -5,6 +5,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from marks import slow_on_jax
 from tolerances import assert_close
 
 pytest.importorskip("rich")
@@ -25,6 +26,7 @@ from keras_performer.models import (
 )
 from training import inspect
 from training.data.protein_sample import load_protein_sample
+from training.scores import log_probabilities
 
 SHAPE = {
     "num_layers": 1,
@@ -102,7 +104,7 @@ def test_maps_are_the_weights_that_the_layer_applies_and_those_of_softmax(backbo
         assert_close(blocks, means)
 
 
-@pytest.mark.parametrize("groups", [pytest.param(3, marks=pytest.mark.slow_on_jax), 0])
+@pytest.mark.parametrize("groups", [*slow_on_jax(3), 0])
 def test_every_token_is_predicted_while_it_is_masked(groups):
     model = PerformerMaskedLM.from_preset("performer_tiny")
     row = ROW[:13]
@@ -123,7 +125,9 @@ def test_every_token_is_predicted_while_it_is_masked(groups):
 
 def test_probabilities_and_their_entropy():
     logits = np.log(np.array([[1, 1, 2], [1, 1e-9, 1e-9]]))
-    found = inspect.Predictions("x", inspect.softmax(logits), ["a", "b", "c"], np.array([2, 0]))
+    found = inspect.Predictions(
+        "x", np.exp(log_probabilities(logits)), ["a", "b", "c"], np.array([2, 0])
+    )
     np.testing.assert_allclose(found.of_truth, [0.5, 1], atol=1e-6)
     np.testing.assert_allclose(found.entropy, [1.5, 0], atol=1e-6)
 

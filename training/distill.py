@@ -11,9 +11,6 @@ a constant the second part is the Kullback-Leibler divergence from the original.
 
 Every letter of a sequence is a token. Sequences with letters that the model does not know, shorter
 than `data.num_masks` or longer than the model's positions are left out.
-
-A run that was killed goes on as in the other recipes, but on PyTorch the dropout of imported layers
-is drawn from its global generator, and differs from that of a run that was not.
 """
 
 import argparse
@@ -35,7 +32,7 @@ from training.data.antibodies import CHAINS, load_antibodies, load_human_heavy_c
 from training.data.examples import texts_sha256
 from training.data.protein_sources import load_proteins
 from training.results import finish, reload_difference, run_facts, run_table
-from training.scores import log_frequencies
+from training.scores import log_frequencies, log_probabilities
 from training.sections import Experiment, TrainingConfig, require
 
 if TYPE_CHECKING:
@@ -400,9 +397,7 @@ def targets(labels: np.ndarray, logits: np.ndarray, teacher_weight: float) -> np
     >>> targets(np.array([[1]]), np.zeros((1, 1, 2)), 0.5).tolist()
     [[[0.25, 0.75]]]
     """
-    logits = np.asarray(logits, "float64")
-    said = np.exp(logits - logits.max(-1, keepdims=True))
-    said /= said.sum(-1, keepdims=True)
+    said = np.exp(log_probabilities(logits))
     truth = np.eye(logits.shape[-1])[labels]
     return ((1 - teacher_weight) * truth + teacher_weight * said).astype("float32")
 

@@ -34,7 +34,7 @@ from training.data.fasta import read_fasta
 from training.data.padded_rows import bracket
 from training.data.protein_sample import load_protein_sample
 from training.results import predict_in_batches
-from training.scores import surprise
+from training.scores import log_probabilities
 
 # Keras chooses its backend when it is imported, so nothing that imports it stands up here.
 
@@ -114,6 +114,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     results: dict[str, Any] = {"preset": arguments.preset, "task": type(model).__name__}
 
     # 2. Attention and health, from the queries and keys of every layer.
+    from keras_performer.callbacks import layer_health
+
     health = []
     for number, (name, row) in enumerate(rows.items(), start=1):
         records = record_layers(model, row)
@@ -121,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         save(
             draw_maps(maps, records, f"{name}, {len(row):,} tokens"), f"attention_{number}", output
         )
-        health.append([layer_health(record) for record in records])
+        health.append([layer_health(record, HEALTH_TOKENS) for record in records])
     results["health"] = mean_health(health)
     if any(results["health"]):
         save(draw_health(results["health"]), "health", output)
@@ -318,31 +320,14 @@ def attention_maps(record: Any, num_blocks: int) -> tuple[np.ndarray, np.ndarray
     return by_head, own_by_head
 
 
-def layer_health(record: Any) -> dict[str, np.ndarray]:
-    """Return the figures (N,) of `AttentionHealth`; none for exact attention."""
-    from keras_performer.callbacks import health_of_heads
-
-    layer = record.layer
-    if layer.feature_map is None:
-        return {}
-    figures = health_of_heads(
-        record.query,
-        record.key,
-        layer.feature_map,
-        causal=record.causal,
-        key_mask=record.key_mask,
-        segment_ids=record.segment_ids,
-        exact_window=layer.exact_window,
-        num_sink_tokens=layer.num_sink_tokens,
-        max_tokens=HEALTH_TOKENS,
-    )
-    return {name: values for name, values in figures.items() if name in HEALTH_TITLES}
-
-
 def mean_health(health: list[list[dict[str, np.ndarray]]]) -> list[dict[str, list[float]]]:
     """Return the mean over sequences of each figure, a list over heads, for each layer."""
     return [
-        {name: np.mean([layer[name] for layer in layers], axis=0).tolist() for name in layers[0]}
+        {
+            name: np.mean([layer[name] for layer in layers], axis=0).tolist()
+            for name in HEALTH_TITLES
+            if name in layers[0]
+        }
         for layers in zip(*health, strict=True)
     ]
 
@@ -369,14 +354,14 @@ def predict(
     if isinstance(model, models.PerformerTokenClassifier):
         logits = trainer.predict_on_batch(inputs_of(row[None]))[0][inner]
         names = states or [str(number) for number in range(logits.shape[-1])]
-        return Predictions("states", softmax(logits), names, None)
+        return Predictions("states", np.exp(log_probabilities(logits)), names, None)
     names = [token_name(tokenizer, index) for index in range(model.backbone.vocabulary_size)]
     if isinstance(model, models.PerformerCausalLM):
         logits = trainer.predict_on_batch(inputs_of(row[None]))[0][:-2]
-        return Predictions("next token", softmax(logits), names, row[inner])
+        return Predictions("next token", np.exp(log_probabilities(logits)), names, row[inner])
     if isinstance(model, models.PerformerMaskedLM):
         logits = masked_logits(trainer, row, tokenizer.mask_token_id, groups)
-        return Predictions("masked token", softmax(logits), names, row[inner])
+        return Predictions("masked token", np.exp(log_probabilities(logits)), names, row[inner])
     return None
 
 
@@ -402,14 +387,6 @@ def masked_logits(trainer: Any, row: np.ndarray, mask_id: int, groups: int) -> n
         by_copy.update(zip(copies.tolist(), outputs, strict=True))
     stacked = np.stack([by_copy[copy] for copy in range(groups)], axis=1)
     return stacked.reshape(-1, stacked.shape[-1])[:length]
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Return the probabilities (L, C) of logits, in float64."""
-    count = logits.shape[-1]
-    return np.stack(
-        [np.exp(-surprise(logits, np.full(len(logits), index))) for index in range(count)], axis=1
-    )
 
 
 def token_name(tokenizer: Any, index: int) -> str:

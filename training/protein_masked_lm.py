@@ -31,6 +31,7 @@ from training.results import (
     run_facts,
     run_table,
 )
+from training.scores import log_probabilities
 from training.sections import Experiment, ModelConfig, TrainingConfig, require
 
 if TYPE_CHECKING:
@@ -336,11 +337,9 @@ def compare(
     num_proteins = len(heldout_batch[1])
     for start in range(0, num_proteins, batch_size):
         x, y, weights = slice_batch(heldout_batch, start, start + batch_size)
-        logits = np.asarray(trainer.predict_on_batch(x), "float64")
-        peak = logits.max(-1, keepdims=True)
-        log_probabilities = logits - peak - np.log(np.exp(logits - peak).sum(-1, keepdims=True))
-        for name, table in (("model", log_probabilities), ("unigram", baseline[None, None])):
-            table = np.broadcast_to(table, log_probabilities.shape)
+        predicted = log_probabilities(trainer.predict_on_batch(x))
+        for name, table in (("model", predicted), ("unigram", baseline[None, None])):
+            table = np.broadcast_to(table, predicted.shape)
             surprise = -np.take_along_axis(table, y[..., None], -1)[..., 0]
             scores[name].append(np.where(weights > 0, surprise, 0.0))
             hits[name] += float(((table.argmax(-1) == y) * weights).sum())
@@ -394,8 +393,7 @@ def prediction_table(
     protein: Protein, tokenizer: Any, places: np.ndarray, labels: np.ndarray, logits: np.ndarray
 ) -> Table:
     """Return true and predicted residues at the first masked places of one protein."""
-    probabilities = np.exp(logits - logits.max(-1, keepdims=True))
-    probabilities /= probabilities.sum(-1, keepdims=True)
+    probabilities = np.exp(log_probabilities(logits))
     table = Table(title=f"Masked residues of {protein.name}, {len(protein.sequence)} residues")
     for column in ("place", "true", "probability", "predicted", "probability"):
         table.add_column(column, justify="right")

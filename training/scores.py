@@ -109,22 +109,35 @@ def matthews_correlation(confusion: np.ndarray) -> float:
     return covariance / (math.sqrt(of_labels) * math.sqrt(of_predictions))
 
 
-def surprise(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return minus the log probability (N,) of each label, in nats.
+def log_probabilities(logits: np.ndarray) -> np.ndarray:
+    """Return the log probabilities (..., C) of logits, in nats and float64.
 
     **Args**
-        logits: Log probabilities (N, C), up to a constant in each row.
-        labels: True classes (N,).
+        logits: Log probabilities (..., C), up to a constant in each row.
+
+    **Example**
+
+    >>> log_probabilities(np.log([[1.0, 3.0]])).round(4).tolist()
+    [[-1.3863, -0.2877]]
+    """
+    logits = np.asarray(logits, "float64")
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def surprise(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return minus the log probability (...,) of each label, in nats.
+
+    **Args**
+        logits: Log probabilities (..., C), up to a constant in each row.
+        labels: True classes (...,).
 
     **Example**
 
     >>> surprise(np.log([[1.0, 3.0]]), np.array([0])).round(4).tolist()
     [1.3863]
     """
-    logits = np.asarray(logits, "float64")
-    peak = logits.max(-1, keepdims=True)
-    normalizer = peak[..., 0] + np.log(np.exp(logits - peak).sum(-1))
-    return normalizer - np.take_along_axis(logits, labels[..., None], -1)[..., 0]
+    return -np.take_along_axis(log_probabilities(logits), labels[..., None], -1)[..., 0]
 
 
 def log_frequencies(labels: np.ndarray, num_classes: int) -> np.ndarray:

@@ -8,12 +8,48 @@ import numpy as np
 from keras import ops
 
 from keras_performer.feature_maps import FavorPlus, FavorPlusPlus, FeatureMap
+from keras_performer.layers._recording import AttentionRecord
 
 DEFAULT_WINDOW = 64
 """The window whose share of attention is measured where there is no exact window."""
 
 
-def health_of_heads(
+def layer_health(record: AttentionRecord, max_tokens: int | None = None) -> dict[str, np.ndarray]:
+    """Compare the attention that a layer was seen to do with softmax attention, head by head.
+
+    **Args**
+        record: What `record_attention` saw of a call.
+        max_tokens: Look at no more pairs of each sequence and head than its square; None takes all.
+
+    **Returns** What `AttentionHealth` measures, a dictionary of arrays (N,); empty for exact
+    attention, which has no features.
+
+    **Example**
+
+    >>> layer = keras_performer.layers.PerformerAttention(num_heads=2, key_dim=8)
+    >>> x = np.random.default_rng(0).normal(size=(1, 9, 12)).astype("float32")
+    >>> with keras_performer.layers.record_attention() as records:
+    ...     _ = layer(x, x)
+    >>> layer_health(records[0])["total_variation"].shape
+    (2,)
+    """
+    layer = record.layer
+    if layer.feature_map is None:
+        return {}
+    return attention_health(
+        record.query,
+        record.key,
+        layer.feature_map,
+        causal=record.causal,
+        key_mask=record.key_mask,
+        segment_ids=record.segment_ids,
+        exact_window=layer.exact_window,
+        num_sink_tokens=layer.num_sink_tokens,
+        max_tokens=max_tokens,
+    )
+
+
+def attention_health(
     query: Any,
     key: Any,
     feature_map: FeatureMap,
@@ -66,7 +102,7 @@ def health_of_heads(
 
     >>> x = np.random.default_rng(0).normal(size=(1, 9, 2, 8))
     >>> feature_map = keras_performer.feature_maps.FavorPlus(16, seed=0)
-    >>> health_of_heads(x, x, feature_map)["total_variation"].shape
+    >>> attention_health(x, x, feature_map)["total_variation"].shape
     (2,)
 
     **Source** Choromanski et al. 2021, arXiv 2009.14794, lemma 2, and Likhosherstov et al. 2022,

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_performer.callbacks._health import health_of_heads
+from keras_performer.callbacks._health import layer_health
 from keras_performer.callbacks._step_multiples import StepMultiples, step_count
 from keras_performer.layers import PerformerAttention
 from keras_performer.layers._arguments import positive_int
@@ -143,20 +143,9 @@ class AttentionHealth(keras.callbacks.Callback):
             model(self.inputs, training=False)
         step, found = step_count(model), []
         for record in records:
-            layer = record.layer
-            if layer.feature_map is None:
+            layer, figures = record.layer, layer_health(record, self.max_tokens)
+            if not figures:
                 continue
-            figures = health_of_heads(
-                record.query,
-                record.key,
-                layer.feature_map,
-                causal=record.causal,
-                key_mask=record.key_mask,
-                segment_ids=record.segment_ids,
-                exact_window=layer.exact_window,
-                num_sink_tokens=layer.num_sink_tokens,
-                max_tokens=self.max_tokens,
-            )
             for head in range(layer.num_heads):
                 values = {name: float(per_head[head]) for name, per_head in figures.items()}
                 found.append({"step": step, "layer": layer.path, "head": head, **values})

@@ -41,6 +41,7 @@ from keras_performer.convert import calibrate, from_antiberty, from_sapiens, per
 from keras_performer.feature_maps import FavorPlus
 from training.data.antibodies import load_antibodies
 from training.data.registry import cache_folder
+from training.scores import surprise
 
 ORIGINAL = "original"
 
@@ -335,12 +336,9 @@ def _shown(progress: Progress, label: str, steps: int) -> keras.callbacks.Callba
 
 def score(model: Any, data: Masked, batch_size: int) -> Score:
     """Let a model guess the masked residues."""
-    logits = model.predict(data.inputs, batch_size=batch_size, verbose=0).astype("float64")
-    logits -= logits.max(axis=-1, keepdims=True)
-    log_probability = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
-    of_truth = np.take_along_axis(log_probability, data.labels[..., None], axis=-1)[..., 0]
+    logits = model.predict(data.inputs, batch_size=batch_size, verbose=0)
     hits = logits.argmax(axis=-1) == data.labels
-    return Score(hits.mean(axis=1), -of_truth.mean(axis=1))
+    return Score(hits.mean(axis=1), surprise(logits, data.labels).mean(axis=1))
 
 
 def summary(found: Score) -> dict[str, dict[str, float]]:
