@@ -17,6 +17,7 @@ CONFIG = Path(__file__).parent.parent / "training" / "configs" / "text_causal_lm
 SMALL = {
     "data.sequence_length": 48,
     "data.heldout_share": 0.3,
+    "data.vocabulary_size": 0,
     "model.num_layers": 1,
     "model.num_heads": 2,
     "model.hidden_dim": 32,

@@ -17,6 +17,7 @@ from keras import ops
 from keras_performer.ops._chunks import (
     LOG_ZERO,
     dtype_of,
+    exp,
     normalize,
     overlapping,
     pad,
@@ -136,7 +137,7 @@ def attend(
         scale = log_q + ops.expand_dims(scale, (-1, -2))
         row_max = ops.stop_gradient(ops.maximum(row_max, scale))
         total = _weigh(logits, near_values, row_max)
-        total = total + ops.exp(scale - row_max) * ops.matmul(phi_q, read)
+        total = total + exp(scale - row_max) * ops.matmul(phi_q, read)
         if causal:
             carry = (
                 ops.squeeze(part(sums, 2, size, 1), 2),
@@ -240,7 +241,7 @@ def _logits(query, key, visible):
 
 def _weigh(logits, values, row_max):
     """The sum of values by exact scores."""
-    parts = [ops.matmul(ops.exp(x - row_max), v) for x, v in zip(logits, values, strict=True)]
+    parts = [ops.matmul(exp(x - row_max), v) for x, v in zip(logits, values, strict=True)]
     return sum(parts[1:], parts[0])
 
 
@@ -279,7 +280,7 @@ def _block_sums(tile, feature_map, operands, window, count):
     key, value, mask = (_by_blocks(x, window) for x in _far_keys(tile, 0, count * window))
     phi, log_scale = key_features(feature_map, key, operands, ops.expand_dims(mask, -1))
     scale = ops.stop_gradient(ops.max(log_scale, axis=-2, keepdims=True))
-    value = value * ops.exp(log_scale - scale)
+    value = value * exp(log_scale - scale)
     return ops.matmul(ops.swapaxes(phi, -1, -2), value), ops.squeeze(scale, -1)
 
 
@@ -299,7 +300,7 @@ def _combine(outer, own, seen):
     sums, scales = ops.concatenate(sums, axis=2), ops.concatenate(scales, axis=-1)
     scales = ops.where(seen, ops.expand_dims(scales, 2), LOG_ZERO)
     largest = ops.max(scales, axis=-1)
-    factors = ops.exp(scales - ops.expand_dims(largest, -1))
+    factors = exp(scales - ops.expand_dims(largest, -1))
     batch, num_heads, count, num_features, width = ops.shape(sums)
     flat = ops.reshape(sums, (batch, num_heads, count, num_features * width))
     combined = ops.matmul(factors, flat)

@@ -13,7 +13,7 @@ of at least exp(-70), and a quotient by it and its gradient stay within float32,
 
 from keras import ops
 
-from keras_performer.ops._chunks import LOG_ZERO, dtype_of
+from keras_performer.ops._chunks import LOG_ZERO, dtype_of, exp
 
 # A feature over the smallest denominator is exp(70) then, and a sum of 1e7 of these a float32.
 _RANGE = 70.0
@@ -30,7 +30,7 @@ def features(feature_map, x, operands, *, is_query):
     top = ops.stop_gradient(ops.max(values, axis=-1, keepdims=True))
     # `clip` keeps float64, which `maximum` does not on PyTorch. No value is above zero; a bound
     # there would halve the gradient of the largest feature on JAX.
-    phi = ops.exp(ops.clip(values - top, -_RANGE, 1.0))
+    phi = exp(ops.clip(values - top, -_RANGE, 1.0))
     return phi, top + offset
 
 
@@ -64,9 +64,9 @@ def attend_chunk(phi_q, phi_k, log_scale, value, visible, reads):
     for scale in scales:
         row_max = ops.maximum(row_max, scale)
     row_max = ops.stop_gradient(row_max)
-    total = ops.matmul(scores * ops.exp(log_weights - row_max), value)
+    total = ops.matmul(scores * exp(log_weights - row_max), value)
     for (sums, _, _), scale in zip(reads, scales, strict=True):
-        total = total + ops.exp(scale - row_max) * ops.matmul(phi_q, sums)
+        total = total + exp(scale - row_max) * ops.matmul(phi_q, sums)
     return total
 
 
@@ -75,8 +75,8 @@ def absorb(carry, value, phi, log_scale):
     sums, scale = carry
     if log_scale is not None:
         larger = ops.maximum(scale, ops.stop_gradient(ops.max(log_scale, axis=-2, keepdims=True)))
-        sums = sums * ops.exp(scale - larger)
-        value = value * ops.exp(log_scale - larger)
+        sums = sums * exp(scale - larger)
+        value = value * exp(log_scale - larger)
         scale = larger
     return sums + ops.matmul(ops.swapaxes(phi, -1, -2), value), scale
 
@@ -106,7 +106,7 @@ def initial_carry(state, key, value, feature_map, key_sum=0.0):
     """The sums with their column of key sums (B, K, M, V+1), and their log scale (B, K, 1, 1)."""
     if state is not None:
         scale = ops.max(state["log_max"], axis=-1, keepdims=True)
-        factor = ops.exp(state["log_max"] - scale)
+        factor = exp(state["log_max"] - scale)
         sums = ops.concatenate(
             [
                 state["kv"] * ops.expand_dims(factor, -1),

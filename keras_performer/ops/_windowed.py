@@ -12,6 +12,7 @@ from keras import ops
 
 from keras_performer.ops._chunks import (
     LOG_ZERO,
+    exp,
     is_one,
     join_rows,
     normalize,
@@ -237,12 +238,12 @@ def _attend_tile(
         scales.append(scale if gate is None else ops.where(gate, scale, LOG_ZERO))
         row_max = ops.maximum(row_max, scales[-1])
     row_max = ops.stop_gradient(row_max)
-    total = ops.matmul(ops.exp(logits - row_max), near_value)
+    total = ops.matmul(exp(logits - row_max), near_value)
     if far is not None:
         scores = ops.matmul(phi_q, ops.swapaxes(keys[0], -1, -2))
-        total = total + ops.matmul(scores * ops.exp(far - row_max), value)
+        total = total + ops.matmul(scores * exp(far - row_max), value)
     for (sums, _, _), scale in zip(reads, scales, strict=True):
-        total = total + ops.exp(scale - row_max) * ops.matmul(phi_q, sums)
+        total = total + exp(scale - row_max) * ops.matmul(phi_q, sums)
     return normalize(total), keys
 
 

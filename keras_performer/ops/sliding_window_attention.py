@@ -7,6 +7,7 @@ from keras import ops
 from keras_performer.ops._chunks import (
     LOG_ZERO,
     dtype_of,
+    exp,
     normalize,
     overlapping,
     pad,
@@ -120,7 +121,7 @@ def sliding_window_attention(
             visible = ops.logical_and(visible, tile_rows(same_run(*runs), num_groups))
         scores = ops.where(visible, ops.matmul(q, ops.swapaxes(k, -1, -2)), LOG_ZERO)
         row_max = ops.maximum(ops.max(scores, axis=-1, keepdims=True), LOG_ZERO / 2)
-        scores = ops.exp(scores - ops.stop_gradient(row_max))
+        scores = exp(scores - ops.stop_gradient(row_max))
         return carry, (normalize(ops.matmul(scores, v)),)
 
     _, (output,) = scan(
