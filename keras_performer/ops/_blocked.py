@@ -18,6 +18,7 @@ from keras_performer.ops._chunks import (
     LOG_ZERO,
     dtype_of,
     exp,
+    hide,
     normalize,
     overlapping,
     pad,
@@ -236,7 +237,7 @@ def _sees_sinks(block, sink_mask, window, causal):
 
 def _logits(query, key, visible):
     scores = ops.matmul(query * query.shape[-1] ** -0.5, ops.swapaxes(key, -1, -2))
-    return ops.where(visible, scores, LOG_ZERO)
+    return hide(scores, visible)
 
 
 def _weigh(logits, values, row_max):

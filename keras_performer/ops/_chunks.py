@@ -22,6 +22,15 @@ def exp(x: Any) -> Any:
     return ops.exp2(x * LOG2_E) if backend.backend() == "torch" else ops.exp(x)
 
 
+def hide(scores: Any, visible: Any) -> Any:
+    """Log scores, and the log of zero where they are not `visible`; the two are broadcast.
+
+    A sum takes a fraction of the time of a selection, forwards and backwards. It is the log of zero
+    exactly, for scores below 2^75.
+    """
+    return scores + ops.where(visible, ops.zeros((), dtype_of(scores)), LOG_ZERO)
+
+
 def dtype_of(x: Any) -> str:
     """The name of a tensor's type, on every backend."""
     return backend.standardize_dtype(x.dtype)

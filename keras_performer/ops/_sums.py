@@ -13,7 +13,7 @@ of at least exp(-70), and a quotient by it and its gradient stay within float32,
 
 from keras import ops
 
-from keras_performer.ops._chunks import LOG_ZERO, dtype_of, exp
+from keras_performer.ops._chunks import LOG_ZERO, dtype_of, exp, hide
 
 # A feature over the smallest denominator is exp(70) then, and a sum of 1e7 of these a float32.
 _RANGE = 70.0
@@ -55,7 +55,7 @@ def attend_chunk(phi_q, phi_k, log_scale, value, visible, reads):
             read = ops.matmul(phi_q, sums)
             total = total + (read if gate is None else ops.where(gate, read, 0.0))
         return total
-    log_weights = ops.where(visible, ops.swapaxes(log_scale, -1, -2), LOG_ZERO)
+    log_weights = hide(ops.swapaxes(log_scale, -1, -2), visible)
     scales = [
         scale if gate is None else ops.where(gate, scale, LOG_ZERO) for _, scale, gate in reads
     ]

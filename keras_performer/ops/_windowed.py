@@ -13,6 +13,7 @@ from keras import ops
 from keras_performer.ops._chunks import (
     LOG_ZERO,
     exp,
+    hide,
     is_one,
     join_rows,
     normalize,
@@ -220,7 +221,7 @@ def _attend_tile(
         near_key = ops.concatenate([key, tile["sink_key"]], axis=2)
         near_value = ops.concatenate([value, tile["sink_value"]], axis=2)
     logits = ops.matmul(query * query.shape[-1] ** -0.5, ops.swapaxes(near_key, -1, -2))
-    logits = ops.where(near_pairs, logits, LOG_ZERO)
+    logits = hide(logits, near_pairs)
     row_max = ops.maximum(ops.max(logits, axis=-1, keepdims=True), LOG_ZERO / 2)
     keys: Any = None
     phi_q = log_q = far = None
@@ -231,7 +232,7 @@ def _attend_tile(
         mask = ops.expand_dims(tile["mask"], -1)
         keys = key_features(feature_map, key, operands, mask)
         far = ops.logical_and(visible, ops.logical_not(exact))
-        far = ops.where(tile_rows(far, num_groups), log_q + ops.swapaxes(keys[1], -1, -2), LOG_ZERO)
+        far = hide(log_q + ops.swapaxes(keys[1], -1, -2), tile_rows(far, num_groups))
         row_max = ops.maximum(row_max, ops.max(far, axis=-1, keepdims=True))
     for _, scale, gate in reads:
         scale = log_q + scale

@@ -8,6 +8,7 @@ from keras_performer.ops._chunks import (
     LOG_ZERO,
     dtype_of,
     exp,
+    hide,
     normalize,
     overlapping,
     pad,
@@ -119,7 +120,7 @@ def sliding_window_attention(
         visible = ops.logical_and(band, ops.swapaxes(m, -1, -2))
         if runs:
             visible = ops.logical_and(visible, tile_rows(same_run(*runs), num_groups))
-        scores = ops.where(visible, ops.matmul(q, ops.swapaxes(k, -1, -2)), LOG_ZERO)
+        scores = hide(ops.matmul(q, ops.swapaxes(k, -1, -2)), visible)
         row_max = ops.maximum(ops.max(scores, axis=-1, keepdims=True), LOG_ZERO / 2)
         scores = exp(scores - ops.stop_gradient(row_max))
         return carry, (normalize(ops.matmul(scores, v)),)
