@@ -54,3 +54,25 @@ def facts(metrics: dict[str, Any], mean_tokens: float) -> dict[str, Any]:
             for i, row in enumerate(metrics["training"]["history"])
         ],
     }
+
+
+def unfinished(model: dict[str, Any], name: str) -> str:
+    """Return what a card can say of a softmax twin that is not, or not fully, trained.
+
+    **Args**
+        model: The figures of the finished run.
+        name: Of the folder of the twin's run in `runs`.
+    """
+    history = Path("runs") / name / "history.jsonl"
+    if not history.is_file():
+        return "not trained yet."
+    theirs = [json.loads(line) for line in history.read_text(encoding="utf-8").splitlines()]
+    ours = model["training"]["history"][len(theirs) - 1]
+    training = model["config"]["training"]
+    return (
+        "the training of the same model with softmax attention was stopped after "
+        f"{len(theirs) * training['steps_per_epoch']:,} of {training['steps']:,} steps. There its "
+        f"loss on the validation split was {theirs[-1]['val_loss']:.4f} (accuracy "
+        f"{theirs[-1]['val_accuracy']:.1%}); this model's was {ours['val_loss']:.4f} "
+        f"({ours['val_accuracy']:.1%}) after as many steps."
+    )

