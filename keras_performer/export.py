@@ -56,8 +56,10 @@ def export(
     A `PerformerCausalLM` has two more signatures in SavedModel and LiteRT, which generate text in
     constant memory. `prefill` reads prompts and gives the `logits` (B, vocabulary) after each row's
     last token, and the state as tensors called `state_<layer>_<name>`. `step` takes `token_ids`
-    (B, 1) and that state, and gives the next `logits` and state. With attention="softmax", whose
-    state grows with the length, there is `serve` alone. An ONNX file holds one graph: `serve`.
+    (B, 1) and that state, and gives the next `logits` and state. With attention="sliding_window"
+    the state is the window. With attention="softmax" there is `serve` alone: its state would grow
+    with the text, where a file has fixed sizes. Call `serve` on the whole text for each token, as
+    the example does. An ONNX file holds one graph: `serve`.
 
     Where `path` is a folder, it also gets an example that needs numpy and the runtime only: run
     `python example.py --help` in it. Beside it lie `vocabulary.json` (the tokens by id) and

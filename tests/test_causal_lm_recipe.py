@@ -209,6 +209,7 @@ def test_bad_input_ends_with_one_sentence_before_any_training(
 ):
     monkeypatch.setattr(causal_lm, "train", lambda *_: pytest.fail("training started"))
     arguments = [f"--config={CONFIG}", f"--output={tmp_path}", "--set=data.source=sample"]
+    arguments.append("--set=data.vocabulary_size=0")
     with pytest.raises(SystemExit, match=message) as error:
         main([*arguments, *options])
     assert re.match("error: [^\n]*$", str(error.value))

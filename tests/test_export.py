@@ -262,8 +262,10 @@ def test_softmax_attention_has_no_state_of_fixed_size(tmp_path):
     from ai_edge_litert.interpreter import Interpreter
 
     model = make_causal_lm(attention="softmax")
-    path = keras_performer.export(model, tmp_path / "model.tflite", format="litert")
-    assert set(Interpreter(str(path)).get_signature_list()) == {"serve"}
+    folder = keras_performer.export(model, tmp_path / "model", format="litert")
+    assert set(Interpreter(str(folder / "model.tflite")).get_signature_list()) == {"serve"}
+    text = run_example(folder, "MKT", "--tokens", "12", forbidden=[*OURS, "tensorflow"])
+    assert text.strip() == model.generate(["MKT"], strip_prompt=True)[0]
 
 
 @written_here

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import keras_performer
+from keras_performer.convert import hub_models, performerize
 from keras_performer.feature_maps import FavorPlusPlus
 from keras_performer.models import (
     PerformerCausalLM,
@@ -204,6 +205,39 @@ def test_weights_are_needed_only_where_they_are_loaded(copy):
     PerformerEncoderBackbone.from_preset(copy, load_weights=False)
     PerformerEncoderBackbone.from_preset(copy, False)
     ProteinTokenizer.from_preset(copy)
+
+
+CONVERTED = [*hub_models.BACKBONES.values(), *hub_models.TASKS.values()]
+
+
+@pytest.mark.parametrize("cls", CONVERTED)
+def test_converted_classes_look_names_up_and_check_files(cls, tmp_path):
+    with pytest.raises(ValueError, match="name='no-such-preset'"):
+        cls.from_preset("no-such-preset")
+    (tmp_path / "config.json").write_text("{")
+    (tmp_path / "model.weights.h5").write_text("")
+    with pytest.raises(ValueError, match=r"config\.json' is not valid JSON"):
+        cls.from_preset(tmp_path)
+
+
+@pytest.mark.slow_on_jax
+def test_a_converted_task_loads_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(PRESETS_MODULE, "_ZOOS", (tmp_path,))
+    backbone = keras_hub.models.BertBackbone(30, 1, 2, 8, 9, max_sequence_length=11)
+    task = performerize(keras_hub.models.BertMaskedLM(backbone), num_features=7)
+    task.save_to_preset(str(tmp_path / "tiny-bert"))
+    describe(tmp_path / "tiny-bert")
+    loaded = hub_models.TASKS[keras_hub.models.BertMaskedLM].from_preset(
+        "tiny-bert", preprocessor=None
+    )
+    assert type(loaded) is type(task)
+    for new, old in zip(loaded.weights, task.weights, strict=True):
+        np.testing.assert_array_equal(to_numpy(new), to_numpy(old))
+    body = hub_models.PerformerBertBackbone.from_preset("tiny-bert")
+    assert body.count_params() == task.backbone.count_params()
+    (tmp_path / "tiny-bert" / "task.weights.h5").unlink()
+    with pytest.raises(ValueError, match=r"task\.weights\.h5' is missing"):
+        type(task).from_preset("tiny-bert", preprocessor=None)
 
 
 READ_ELSEWHERE = """

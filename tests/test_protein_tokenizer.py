@@ -93,15 +93,23 @@ def test_python_workflow_needs_no_tensorflow():
         "import sys\n"
         "sys.modules['tensorflow'] = sys.modules['tensorflow_text'] = None\n"
         "from keras_performer.models import PerformerMaskedLMPreprocessor, ProteinTokenizer\n"
+        "from keras_performer.models import PerformerSeq2SeqLMPreprocessor\n"
         "tokenizer = ProteinTokenizer()\n"
         "x, y, w = PerformerMaskedLMPreprocessor(tokenizer, sequence_length=8)(['MKT', 'A'])\n"
+        "pairs = PerformerSeq2SeqLMPreprocessor(tokenizer, 5, 7)\n"
+        "_, y, _ = pairs({'encoder_text': ['MK', 'A'], 'decoder_text': ['ACD', '']})\n"
+        "back = pairs.generate_postprocess(pairs.generate_preprocess(\n"
+        "    {'encoder_text': ['MK', 'A'], 'decoder_text': ['ACD', '']}))\n"
+        "print(back, tuple(y.shape), pairs.generate_preprocess('MK')['encoder_token_ids'].shape)\n"
         "print(tokenizer.detokenize(tokenizer(['MKT'])), tuple(x['token_ids'].shape))\n"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.strip().endswith("['MKT'] (2, 8)")
+    pairs, tokens = result.stdout.strip().splitlines()[-2:]
+    assert pairs.startswith("['ACD', ''] (2, 7) ")
+    assert tokens == "['MKT'] (2, 8)"
 
 
 CUSTOM = ["<cls>", "<pad>", "<eos>", "<unk>", "<mask>", "A", "*"]

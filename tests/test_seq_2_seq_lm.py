@@ -17,8 +17,6 @@ from keras_performer.models import (
     ProteinTokenizer,
 )
 
-pytest.importorskip("tensorflow", reason="keras-hub packs pairs of strings with TensorFlow")
-
 
 def make_model(sampler="greedy", **options):
     preprocessor = PerformerSeq2SeqLMPreprocessor(

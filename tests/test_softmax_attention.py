@@ -50,6 +50,19 @@ def test_equals_dense_weights(causal, masks):
     assert_close(np.einsum("bnts,bsnv->btnv", weights, repeated), output)
 
 
+def test_one_key_head_serves_all_queries():
+    query, key, value = make_qkv(13)
+    key, value, options = key[:, :, :1], value[:, :, :1], {"key_mask": make_mask(BATCH, 13)}
+    expected = call(
+        softmax_attention, query, *(np.repeat(t, KEY_HEADS, 2) for t in (key, value)), **options
+    )
+    assert_close(call(softmax_attention, query, key, value, **options), expected)
+    state = empty_softmax_state(BATCH, 13, 1, HEAD_DIM, VALUE_DIM, "float32")
+    assert_close(
+        call(softmax_attention, query, key, value, initial_state=state, **options), expected
+    )
+
+
 def test_cross_attention_equals_dense_weights():
     query, key, value = make_qkv(7, 19)
     assert_close(call(softmax_attention, query, key, value), expected_output(query, key, value))

@@ -16,7 +16,15 @@ from keras_performer.models import (
     PerformerEncoderBackbone,
     PerformerMaskedLM,
     PerformerMaskedLMPreprocessor,
+    PerformerSeq2SeqBackbone,
+    PerformerSeq2SeqLM,
+    PerformerSeq2SeqLMPreprocessor,
+    PerformerSequenceClassifier,
+    PerformerSequenceClassifierPreprocessor,
+    PerformerTokenClassifier,
+    PerformerTokenClassifierPreprocessor,
     PerformerWordPieceTokenizer,
+    ProteinTokenizer,
 )
 
 SPECIAL = ["<pad>", "<cls>", "<eos>", "<mask>", "<unk>"]
@@ -125,6 +133,57 @@ def test_presets_keep_their_tokenizer(make, tmp_path):
     assert type(loaded) is type(tokenizer)
     assert [int(i) for i in loaded(text)] == [int(i) for i in tokenizer(text)]
     assert isinstance(keras_hub.tokenizers.Tokenizer.from_preset(str(tmp_path)), type(tokenizer))
+
+
+SIZES = {"num_layers": 1, "num_heads": 1, "hidden_dim": 4, "intermediate_dim": 4,
+         "num_features": 8}  # fmt: skip
+TASKS = {
+    "causal": lambda tokenizer: PerformerCausalLM(
+        PerformerDecoderBackbone(tokenizer.vocabulary_size(), **SIZES),
+        PerformerCausalLMPreprocessor(tokenizer),
+    ),
+    "seq_2_seq": lambda tokenizer: PerformerSeq2SeqLM(
+        PerformerSeq2SeqBackbone(tokenizer.vocabulary_size(), **SIZES),
+        PerformerSeq2SeqLMPreprocessor(tokenizer),
+    ),
+    "decoder classifier": lambda tokenizer: PerformerSequenceClassifier(
+        PerformerDecoderBackbone(tokenizer.vocabulary_size(), **SIZES),
+        2,
+        PerformerSequenceClassifierPreprocessor(tokenizer),
+    ),
+    "token classifier": lambda tokenizer: PerformerTokenClassifier(
+        PerformerEncoderBackbone(tokenizer.vocabulary_size(), **SIZES),
+        2,
+        PerformerTokenClassifierPreprocessor(tokenizer),
+    ),
+}
+TOKENIZERS = [ProteinTokenizer, ByteTokenizer, lambda: DNATokenizer(2), make_byte_pair,
+              make_word_piece]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_a_tokenizer_loads_from_the_preset_of_any_task(kind, tmp_path):
+    tokenizers = [make() for make in TOKENIZERS]
+    task = TASKS[kind](tokenizers[0])
+    task.save_to_preset(str(tmp_path))
+    for tokenizer in tokenizers:
+        tokenizer.save_to_preset(str(tmp_path))
+        text = "acgt abc performer"
+        for cls in (type(tokenizer), keras_hub.tokenizers.Tokenizer):
+            loaded = cls.from_preset(str(tmp_path))
+            assert type(loaded) is type(tokenizer)
+            assert [int(i) for i in loaded(text)] == [int(i) for i in tokenizer(text)]
+
+
+def test_a_tokenizer_of_another_class_is_not_returned(tmp_path):
+    DNATokenizer(2).save_to_preset(str(tmp_path))
+    body = PerformerEncoderBackbone(25, **SIZES)
+    body.save_to_preset(str(tmp_path))
+    with pytest.raises(ValueError, match=r"has a DNATokenizer.*Received: ByteTokenizer\."):
+        ByteTokenizer.from_preset(str(tmp_path))
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"tokenizer\.json"):
+        DNATokenizer.from_preset(str(tmp_path))
 
 
 def test_bytes_generate_text(tmp_path):

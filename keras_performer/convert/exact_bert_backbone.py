@@ -3,7 +3,10 @@
 import keras
 import keras_hub
 
+from keras_performer.models._load_preset import load_by_name
 
+
+@load_by_name
 @keras.saving.register_keras_serializable(package="keras_performer")
 class ExactBertBackbone(keras_hub.models.DistilBertBackbone):
     """A BERT encoder whose arithmetic is that of the original.

@@ -2,7 +2,8 @@
 
 `performerize` makes them of trained models. Each is a subclass of keras-hub's class, whose config
 holds the options of its attention, so that presets and `.keras` files can be loaded wherever this
-module has been imported; importing `keras_performer.convert` does it.
+module has been imported; importing `keras_performer.convert` does it. `from_preset` of the
+backbones and tasks takes short names, and checks a preset's files, as our own models do.
 """
 
 import functools
@@ -136,12 +137,9 @@ class PerformerRobertaBackbone(_LinearAttention, keras_hub.models.RobertaBackbon
     """
 
 
-@load_by_name
 @keras.saving.register_keras_serializable(package="keras_performer")
 class PerformerRobertaMaskedLM(keras_hub.models.RobertaMaskedLM):
     """RoBERTa's masked language model with attention at a linear cost.
-
-    `from_preset` takes the short name of a preset of the zoo too.
 
     **Args** Those of `keras_hub.models.RobertaMaskedLM`; `backbone` is a
     `PerformerRobertaBackbone`.
@@ -411,3 +409,5 @@ CLASSES: dict[type, type] = {
 }
 """Tasks, preprocessors and tokenizers for our backbones, for keras-hub's."""
 TASKS = {cls: made for cls, made in CLASSES.items() if issubclass(cls, keras_hub.models.Task)}
+for _class in (*BACKBONES.values(), *TASKS.values()):
+    load_by_name(_class)

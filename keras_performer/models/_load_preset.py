@@ -1,6 +1,7 @@
 """`from_preset` of this package's classes: short names, and clear errors for damaged folders."""
 
 import functools
+import inspect
 import json
 import os
 from pathlib import Path
@@ -28,9 +29,12 @@ def load_by_name(cls: _Class) -> _Class:
 
     **Raises** (from `from_preset`) ValueError if a name is unknown, or if a file of a local preset
     is missing, cannot be read, or is not the one that its `SHA256SUMS` records; the message names
-    the file.
+    the file. Also if a preset holds a tokenizer of another class.
     """
-    load = cls.from_preset.__func__
+    # What a base class was given by this function is not wrapped again.
+    load = inspect.unwrap(cls.from_preset.__func__)
+    if issubclass(cls, keras_hub.tokenizers.Tokenizer):
+        load = _load_tokenizer
 
     @functools.wraps(load)
     def from_preset(cls, preset: str | os.PathLike[str], *args: Any, **kwargs: Any):
@@ -53,6 +57,21 @@ def load_by_name(cls: _Class) -> _Class:
 
     cls.from_preset = classmethod(from_preset)
     return cls
+
+
+def _load_tokenizer(cls: type, preset: str, *args: Any, **kwargs: Any) -> Any:
+    """Load the tokenizer of a preset, which may be for any kind of backbone.
+
+    keras-hub's own method wants a subclass of `cls` for the preset's backbone, and returns what the
+    preset holds, of whatever class it is.
+    """
+    tokenizer = keras_hub.tokenizers.Tokenizer.from_preset(preset, *args, **kwargs)
+    if not isinstance(tokenizer, cls):
+        raise ValueError(
+            f"The preset {preset!r} has a {type(tokenizer).__name__}: load it with that class, or "
+            f"with `keras_hub.tokenizers.Tokenizer`. Received: {cls.__name__}.from_preset"
+        )
+    return tokenizer
 
 
 def has_head(cls: type) -> bool:

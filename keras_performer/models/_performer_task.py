@@ -1,6 +1,7 @@
-"""What the classifiers share: encoder or decoder bodies, and data that keras-hub does not take."""
+"""What the tasks share: encoder or decoder bodies, and data that keras-hub does not take."""
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -19,8 +20,9 @@ def take_loaders(cls: _Class) -> _Class:
 
     keras-hub's take arrays, `tf.data` and grain. A `keras.utils.PyDataset` and a PyTorch
     `DataLoader` are taken by `keras.Model`, but only with batches that are prepared: here they are
-    preprocessed as they come. Not a base class: Keras refuses two paths to one base in functional
-    models.
+    preprocessed as they come. So are arrays with a `sample_weight` and no labels, which is what a
+    language model is trained on, and whose weights Keras would drop without a word. Not a base
+    class: Keras refuses two paths to one base in functional models.
 
     **Args**
         cls: A class of tasks.
@@ -40,6 +42,14 @@ def take_loaders(cls: _Class) -> _Class:
         validation_split: float | None = None,
         **kwargs: Any,
     ) -> Any:
+        if _has_weights_alone(self, x, y, sample_weight):
+            if validation_split:
+                raise ValueError(
+                    "Without labels, strings and their weights are not split: pass "
+                    "`validation_data=(strings, None, sample_weight)`. Received: "
+                    f"validation_split={validation_split}"
+                )
+            x, sample_weight, batch_size = _WeightedRows(x, sample_weight, batch_size), None, None
         source = _prepared(self, x)
         if source is None:
             if _prepared(self, validation_data) is not None:
@@ -83,6 +93,8 @@ def take_loaders(cls: _Class) -> _Class:
         sample_weight: Any = None,
         **kwargs: Any,
     ) -> Any:
+        if _has_weights_alone(self, x, y, sample_weight):
+            x, sample_weight, batch_size = _WeightedRows(x, sample_weight, batch_size), None, None
         # What `fit` evaluates is prepared.
         source = None if kwargs.get("_use_cached_eval_dataset") else _prepared(self, x)
         if source is None:
@@ -118,6 +130,15 @@ def class_for(cls: type, backbone: Any) -> type:
     return cls
 
 
+def rows(x: Any, start: int, stop: int) -> Any:
+    """Some rows of strings, or of what a dict or a tuple holds."""
+    if isinstance(x, dict):
+        return {name: column[start:stop] for name, column in x.items()}
+    if isinstance(x, tuple):
+        return tuple(rows(segment, start, stop) for segment in x)
+    return x[start:stop] if isinstance(x, list) else np.asarray(x)[start:stop].tolist()
+
+
 def _prepared(task: Any, x: Any) -> keras.utils.PyDataset | None:
     if isinstance(x, keras.utils.PyDataset):
         return _PreparedDataset(x, task.preprocess_samples)
@@ -127,6 +148,35 @@ def _prepared(task: Any, x: Any) -> keras.utils.PyDataset | None:
     ):
         return _PreparedLoader(x, task.preprocess_samples)
     return None
+
+
+def _has_weights_alone(task: Any, x: Any, y: Any, sample_weight: Any) -> bool:
+    is_rows = isinstance(x, list | dict | np.ndarray)
+    return is_rows and y is None and sample_weight is not None and task.preprocessor is not None
+
+
+class _WeightedRows(keras.utils.PyDataset):
+    """Batches of an array, or of a dict of arrays, with a weight for each row and no labels."""
+
+    def __init__(self, x: Any, sample_weight: Any, batch_size: int | None):
+        super().__init__()
+        self._x = x
+        self._sample_weight = np.asarray(sample_weight)
+        self._batch_size = batch_size or 32
+        columns = x.values() if isinstance(x, dict) else [x]
+        lengths = [len(column) for column in columns]
+        if self._sample_weight.shape != (lengths[0],) or len(set(lengths)) > 1:
+            raise ValueError(
+                "`sample_weight` must hold one weight for each row of `x`. Received: "
+                f"sample_weight of shape {self._sample_weight.shape}, x with {lengths} rows"
+            )
+
+    def __len__(self) -> int:
+        return math.ceil(len(self._sample_weight) / self._batch_size)
+
+    def __getitem__(self, index: int) -> Any:
+        start, stop = index * self._batch_size, (index + 1) * self._batch_size
+        return rows(self._x, start, stop), None, self._sample_weight[start:stop]
 
 
 class _PreparedDataset(keras.utils.PyDataset):
@@ -225,6 +275,47 @@ def _as_array(x: Any) -> Any:
     x = np.asarray(x)
     # Python's numbers have 64 bits in NumPy.
     return x.astype("float32") if x.dtype == "float64" else x
+
+
+def weigh(preprocessor: Any, weights: Any, sample_weight: Any) -> Any:
+    """Multiply the weights of labels (B, P) by one for each sequence (B,), if there are any.
+
+    **Args**
+        preprocessor: The keras-hub preprocessor that made the labels.
+        weights: Numbers or booleans (B, P), or (P,) for one sequence.
+        sample_weight: Numbers (B,), or one for one sequence; None leaves `weights` as they are.
+
+    **Returns** The products, float32: in TensorFlow's graphs a tensor, else an array.
+
+    **Raises** ValueError for weights of another rank.
+    """
+    if sample_weight is None:
+        return weights
+    if preprocessor._use_tf_workflow():
+        import tensorflow as tf
+
+        weights, sample_weight = (tf.cast(w, "float32") for w in (weights, sample_weight))
+    else:
+        weights, sample_weight = (
+            np.asarray(keras.ops.convert_to_numpy(w), "float32") for w in (weights, sample_weight)
+        )
+    if len(sample_weight.shape) != len(weights.shape) - 1:
+        raise ValueError(
+            "`sample_weight` must hold one weight for each sequence. Received: sample_weight of "
+            f"shape {tuple(sample_weight.shape)} for weights of labels of shape "
+            f"{tuple(weights.shape)}"
+        )
+    return weights * sample_weight[..., None]
+
+
+def refuse_labels(y: Any) -> None:
+    """Raise ValueError if there are labels where the preprocessor makes them of the strings."""
+    if y is not None:
+        raise ValueError(
+            "A language model's preprocessor makes the labels itself: pass the strings only, as "
+            "`x`, and weights of sequences as `sample_weight`, in a loader "
+            f"`(x, None, sample_weight)`. Received: y of type {type(y).__name__}"
+        )
 
 
 def check_backbone(task: str, backbone: Any) -> None:

@@ -8,6 +8,9 @@ import keras
 import keras_hub
 import numpy as np
 
+from keras_performer.models.performer_decoder_backbone import PerformerDecoderBackbone
+from keras_performer.models.performer_seq_2_seq_backbone import PerformerSeq2SeqBackbone
+
 SPECIAL_TOKENS = ("<pad>", "<cls>", "<eos>", "<mask>", "<unk>")
 VOCABULARY_FILE = "vocabulary.txt"
 SILENT_TOKENS = ("<pad>", "<cls>", "<eos>")
@@ -155,3 +158,21 @@ class StringTokenizer(keras_hub.tokenizers.Tokenizer):
                 f"{path} is not the vocabulary of {type(self).__name__}, which follows from its "
                 "config. Write the preset again with `save_to_preset`."
             )
+
+
+# Our tokenizers go with every backbone, and each of them names the encoder as its own. keras-hub
+# reads the tokenizer of a preset only if it knows one that names the preset's backbone.
+
+
+@keras.saving.register_keras_serializable(package="keras_performer")
+class DecoderTokenizer(StringTokenizer):
+    """By it `keras_hub.tokenizers.Tokenizer.from_preset` reads the tokenizers of decoders."""
+
+    backbone_cls = PerformerDecoderBackbone
+
+
+@keras.saving.register_keras_serializable(package="keras_performer")
+class Seq2SeqTokenizer(StringTokenizer):
+    """The same for encoder-decoders."""
+
+    backbone_cls = PerformerSeq2SeqBackbone

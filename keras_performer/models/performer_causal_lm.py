@@ -8,18 +8,21 @@ from keras import ops
 
 from keras_performer.models._generation import compile_config, compile_with, generate_tokens
 from keras_performer.models._load_preset import load_by_name
+from keras_performer.models._performer_task import take_loaders
 from keras_performer.models.performer_causal_lm_preprocessor import PerformerCausalLMPreprocessor
 from keras_performer.models.performer_decoder_backbone import PerformerDecoderBackbone
 
 
 @load_by_name
+@take_loaders
 @keras.saving.register_keras_serializable(package="keras_performer")
 class PerformerCausalLM(keras_hub.models.CausalLM):
     """A Performer decoder that predicts the next token, and generates in constant memory.
 
-    With a `preprocessor`, `fit`, `evaluate` and `predict` take raw strings, and `generate` turns
-    prompts into strings with any keras-hub sampler (`compile(sampler="top_k")`). Generation reads
-    the prompts up to the shortest one's end in one pass, then takes one token at a time. What it
+    With a `preprocessor`, `fit`, `evaluate` and `predict` take raw strings, from the same sources
+    and with the same `sample_weight` as those of `PerformerMaskedLM`, and `generate` turns prompts
+    into strings with any keras-hub sampler (`compile(sampler="top_k")`). Generation reads the
+    prompts up to the shortest one's end in one pass, then takes one token at a time. What it
     carries from token to token is the state of the attention, whose size depends neither on the
     position nor on the longest length: with a key-value cache it would grow with both.
 

@@ -1,9 +1,12 @@
 """Strings to inputs and labels of the causal language model, and tokens back to strings."""
 
+from typing import Any
+
 import keras
 import keras_hub
 
 from keras_performer.models._load_preset import load_by_name
+from keras_performer.models._performer_task import refuse_labels, weigh
 from keras_performer.models.performer_decoder_backbone import PerformerDecoderBackbone
 from keras_performer.models.protein_tokenizer import ProteinTokenizer
 
@@ -27,7 +30,10 @@ class PerformerCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         **kwargs: `name` of the layer.
 
     **Returns** (calling the layer) `(x, y, sample_weight)`; the sample weight is 1 where the label
-    is a token and 0 where it is padding.
+    is a token, or the one given for the string, and 0 where it is padding.
+
+    **Raises** ValueError for labels (the layer makes its own), and for sample weights that are not
+    one a string.
 
     **Example**
 
@@ -41,3 +47,24 @@ class PerformerCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
 
     backbone_cls = PerformerDecoderBackbone
     tokenizer_cls = ProteinTokenizer
+
+    def call(
+        self,
+        x: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        sequence_length: int | None = None,
+    ) -> Any:
+        """Tokenize and pack strings.
+
+        **Args**
+            x: A string or a batch of strings.
+            y: None.
+            sample_weight: A weight for each string, or None.
+            sequence_length: Length T, instead of the constructor's.
+
+        **Returns** `(x, y, sample_weight)`.
+        """
+        refuse_labels(y)
+        x, y, weights = super().call(x, sequence_length=sequence_length)
+        return x, y, weigh(self, weights, sample_weight)

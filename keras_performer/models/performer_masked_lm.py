@@ -6,18 +6,22 @@ import keras
 import keras_hub
 
 from keras_performer.models._load_preset import load_by_name
+from keras_performer.models._performer_task import take_loaders
 from keras_performer.models.performer_encoder_backbone import PerformerEncoderBackbone
 from keras_performer.models.performer_masked_lm_preprocessor import PerformerMaskedLMPreprocessor
 
 
 @load_by_name
+@take_loaders
 @keras.saving.register_keras_serializable(package="keras_performer")
 class PerformerMaskedLM(keras_hub.models.MaskedLM):
     """A Performer encoder that predicts masked tokens, for pretraining and for scoring tokens.
 
     The hidden states at `mask_positions` go through a dense layer, a norm, and the transposed token
     embedding, which the head shares. With a `preprocessor`, `fit`, `evaluate` and `predict` take
-    raw strings and mask them afresh each time.
+    raw strings and mask them afresh each time: lists, NumPy arrays, `tf.data`, grain, a
+    `keras.utils.PyDataset` and a PyTorch `DataLoader`. A `sample_weight` has one weight for each
+    string; in the batches of a loader it comes third, as `(strings, None, sample_weight)`.
 
     **Shapes** Inputs: a dict of `token_ids` (B, T), `padding_mask` (B, T) and `mask_positions`
     (B, P), all integers. Output: logits (B, P, vocabulary_size).

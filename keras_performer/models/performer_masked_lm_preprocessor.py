@@ -8,6 +8,7 @@ import keras_hub
 
 from keras_performer.layers._arguments import positive_int
 from keras_performer.models._load_preset import load_by_name
+from keras_performer.models._performer_task import refuse_labels, weigh
 from keras_performer.models.performer_encoder_backbone import PerformerEncoderBackbone
 from keras_performer.models.protein_tokenizer import ProteinTokenizer
 
@@ -37,12 +38,14 @@ class PerformerMaskedLMPreprocessor(keras_hub.models.MaskedLMPreprocessor):
         random_token_rate: Share of the selected tokens that a random token replaces.
         **kwargs: `name` of the layer.
 
-    **Returns** (calling the layer) `(x, y, sample_weight)`; the sample weight is 1 at real labels.
+    **Returns** (calling the layer) `(x, y, sample_weight)`; the sample weight is 1 at real labels,
+    or the one given for the string, and 0 elsewhere.
 
     **Masking** `padding_mask` is True at the start and end token and all that is between.
 
     **Raises** ValueError for lengths that are too small, rates that are not shares, a tuple of
-    several segments, or labels: the layer makes its own.
+    several segments, for labels (the layer makes its own), or for sample weights that are not one
+    a string.
 
     **Example**
 
@@ -138,15 +141,11 @@ class PerformerMaskedLMPreprocessor(keras_hub.models.MaskedLMPreprocessor):
         **Args**
             x: A string, a batch of strings, or a tuple that holds one of them.
             y: None.
-            sample_weight: None.
+            sample_weight: A weight for each string, or None.
 
         **Returns** `(x, y, sample_weight)`.
         """
-        if y is not None or sample_weight is not None:
-            raise ValueError(
-                "PerformerMaskedLMPreprocessor makes the labels and their weights itself: pass the "
-                "strings only, as `x`. Received: `y` or `sample_weight` that is not None."
-            )
+        refuse_labels(y)
         if isinstance(x, tuple):
             if len(x) != 1:
                 raise ValueError(
@@ -164,7 +163,7 @@ class PerformerMaskedLMPreprocessor(keras_hub.models.MaskedLMPreprocessor):
                 "mask_positions": masked["mask_positions"],
             },
             masked["mask_ids"],
-            masked["mask_weights"],
+            weigh(self, masked["mask_weights"], sample_weight),
         )
 
     def get_config(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import keras_hub
 
 from keras_performer.models._generation import compile_config, compile_with, generate_tokens
 from keras_performer.models._load_preset import load_by_name
+from keras_performer.models._performer_task import take_loaders
 from keras_performer.models.performer_seq_2_seq_backbone import PerformerSeq2SeqBackbone
 from keras_performer.models.performer_seq_2_seq_lm_preprocessor import (
     PerformerSeq2SeqLMPreprocessor,
@@ -14,14 +15,16 @@ from keras_performer.models.performer_seq_2_seq_lm_preprocessor import (
 
 
 @load_by_name
+@take_loaders
 @keras.saving.register_keras_serializable(package="keras_performer")
 class PerformerSeq2SeqLM(keras_hub.models.Seq2SeqLM):
     """A Performer encoder-decoder that predicts the next token of the target.
 
-    With a `preprocessor`, `fit` takes dicts of `encoder_text` and `decoder_text`, and `generate`
-    turns source strings, or such dicts with a prompt for the decoder, into target strings with any
-    keras-hub sampler. The source is encoded once; from token to token the decoder carries a state
-    and a memory of the source, both of a fixed size (feature attention).
+    With a `preprocessor`, `fit` takes dicts of `encoder_text` and `decoder_text`, from the same
+    sources and with the same `sample_weight` as `PerformerMaskedLM`, and `generate` turns source
+    strings, or such dicts with a prompt for the decoder, into target strings with any keras-hub
+    sampler. The source is encoded once; from token to token the decoder carries a state and a
+    memory of the source, both of a fixed size (feature attention).
 
     **Shapes** Inputs: as `PerformerSeq2SeqBackbone`. Output: logits (B, T, vocabulary_size).
 

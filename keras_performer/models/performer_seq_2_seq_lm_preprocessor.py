@@ -6,6 +6,8 @@ import keras
 import keras_hub
 
 from keras_performer.models._load_preset import load_by_name
+from keras_performer.models._performer_task import refuse_labels, weigh
+from keras_performer.models.performer_causal_lm_preprocessor import PerformerCausalLMPreprocessor
 from keras_performer.models.performer_seq_2_seq_backbone import PerformerSeq2SeqBackbone
 from keras_performer.models.protein_tokenizer import ProteinTokenizer
 
@@ -15,8 +17,8 @@ from keras_performer.models.protein_tokenizer import ProteinTokenizer
 class PerformerSeq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
     """Tokenize and pack pairs of strings, and make each next token of the second the label.
 
-    keras-hub's `Seq2SeqLMPreprocessor` for the Performer encoder-decoder. It runs in TensorFlow,
-    which must be installed beside any backend.
+    keras-hub's `Seq2SeqLMPreprocessor` for the Performer encoder-decoder, which needs TensorFlow
+    only inside `tf.data`.
 
     **Shapes** B pairs give `encoder_token_ids` and `encoder_padding_mask` (B, S),
     `decoder_token_ids` and `decoder_padding_mask` (B, T), labels (B, T) and a sample weight (B, T).
@@ -28,7 +30,11 @@ class PerformerSeq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
         **kwargs: `name` of the layer.
 
     **Returns** (calling the layer on a dict of `encoder_text` and `decoder_text`)
-    `(x, y, sample_weight)`; the sample weight is 1 where the label is a token.
+    `(x, y, sample_weight)`; the sample weight is 1 where the label is a token, or the one given
+    for the pair, and 0 where it is padding.
+
+    **Raises** ValueError for labels (the layer makes its own), and for sample weights that are not
+    one a pair.
 
     **Example**
 
@@ -44,6 +50,36 @@ class PerformerSeq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
 
     backbone_cls = PerformerSeq2SeqBackbone
     tokenizer_cls = ProteinTokenizer
+
+    def call(self, x: Any, y: Any = None, sample_weight: Any = None, **lengths: Any) -> Any:
+        """Tokenize and pack pairs of strings.
+
+        **Args**
+            x: A dict of `encoder_text` and `decoder_text`, a string or a batch of strings each.
+            y: None.
+            sample_weight: A weight for each pair, or None.
+            **lengths: `encoder_sequence_length` and `decoder_sequence_length`, instead of the
+                constructor's.
+
+        **Returns** `(x, y, sample_weight)`.
+        """
+        refuse_labels(y)
+        x, y, weights = super().call(x, **lengths)
+        return x, y, weigh(self, weights, sample_weight)
+
+    def generate_postprocess(self, x: dict[str, Any]) -> Any:
+        """Turn generated tokens into strings.
+
+        **Args**
+            x: A dict of `decoder_token_ids` and `decoder_padding_mask`.
+
+        **Returns** The strings, without special tokens.
+        """
+        # keras-hub's own for pairs needs TensorFlow, and the one for single strings does not.
+        decoder = PerformerCausalLMPreprocessor(self.tokenizer)
+        return decoder.generate_postprocess(
+            {name: x[f"decoder_{name}"] for name in ("token_ids", "padding_mask")}
+        )
 
     def get_config(self) -> dict[str, Any]:
         """Return the constructor's arguments; keras-hub's base class leaves out the lengths."""

@@ -14,6 +14,7 @@ from keras_performer.models._performer_task import (
     check_backbone,
     class_for,
     head_dtype,
+    rows,
     take_loaders,
 )
 from keras_performer.models.performer_decoder_backbone import PerformerDecoderBackbone
@@ -214,9 +215,9 @@ class PerformerSequenceClassifier(keras_hub.models.TextClassifier):
         count = len(
             next(iter(x.values())) if isinstance(x, dict) else x[0] if isinstance(x, tuple) else x
         )
-        rows: list[np.ndarray] = []
+        states: list[np.ndarray] = []
         for start in range(0, count, batch_size):
-            inputs = _part(x, start, start + batch_size)
+            inputs = rows(x, start, start + batch_size)
             if preprocess is not None:
                 inputs = preprocess(x=inputs)
             inputs = {
@@ -226,13 +227,13 @@ class PerformerSequenceClassifier(keras_hub.models.TextClassifier):
             outputs = np.asarray(predict(inputs), "float32")
             if per_token:
                 mask = keras.ops.convert_to_numpy(inputs["padding_mask"]).astype(bool)
-                rows += [row[kept] for row, kept in zip(outputs, mask, strict=True)]
+                states += [row[kept] for row, kept in zip(outputs, mask, strict=True)]
             else:
-                rows.append(outputs)
+                states.append(outputs)
         if per_token:
-            return rows
+            return states
         width = self.backbone.hidden_dim
-        return np.concatenate(rows) if rows else np.zeros((0, width), "float32")
+        return np.concatenate(states) if states else np.zeros((0, width), "float32")
 
     def get_config(self) -> dict[str, Any]:
         """Return the constructor's arguments."""
@@ -253,14 +254,6 @@ class PerformerDecoderSequenceClassifier(PerformerSequenceClassifier):
     """What `PerformerSequenceClassifier(decoder, ...)` is, so that keras-hub finds it."""
 
     backbone_cls = PerformerDecoderBackbone
-
-
-def _part(x: Any, start: int, stop: int) -> Any:
-    if isinstance(x, dict):
-        return {name: value[start:stop] for name, value in x.items()}
-    if isinstance(x, tuple):
-        return tuple(_part(segment, start, stop) for segment in x)
-    return x[start:stop] if isinstance(x, list) else np.asarray(x)[start:stop].tolist()
 
 
 def _embedders() -> Callable[[PerformerSequenceClassifier, bool], Callable[..., Any]]:

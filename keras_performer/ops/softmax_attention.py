@@ -226,7 +226,11 @@ def _dense(query: Any, key: Any, value: Any, visible: Any, causal: bool = False)
     head_dim, value_dim = query.shape[-1], value.shape[-1]
     # Some backends want one size for both.
     size = max(head_dim, value_dim)
-    query, key = (_widen(t, size) for t in (query, key))
+    query, key, value = (_widen(t, size) for t in (query, key, value))
+    if key.shape[2] == 1:
+        # Keras repeats several heads, and leaves one to broadcasting, which TensorFlow's product
+        # of matrices on CPUs refuses.
+        key, value = (ops.repeat(t, query.shape[2], axis=2) for t in (key, value))
     if visible is not None:
         shape = (ops.shape(query)[0], 1, ops.shape(query)[1], ops.shape(key)[1])
         if visible.shape[1] != 1:
@@ -235,7 +239,7 @@ def _dense(query: Any, key: Any, value: Any, visible: Any, causal: bool = False)
     output = ops.dot_product_attention(
         query,
         key,
-        _widen(value, size),
+        value,
         mask=visible,
         scale=head_dim**-0.5,
         is_causal=causal,
