@@ -1,6 +1,6 @@
 """Build `performer_secondary_structure_small`, which labels residues, and its softmax twin.
 
-With PyTorch it takes 54 minutes of one x86 core for each of the two; `--without-twin` publishes
+With PyTorch it takes about an hour of one x86 core for each of the two; `--without-twin` publishes
 while the twin is unfinished.
 """
 
