@@ -17,7 +17,7 @@ from keras_performer.models import (
 from training import classification
 from training.classification import Config, Corpus, Part, compare, crop, input_maker, main
 from training.config import load_config
-from training.data.list_ops import VOCABULARY, decode, generate_list_ops
+from training.data.list_ops import VOCABULARY, decode, encode, generate_list_ops
 
 BACKEND = keras.config.backend()
 CONFIGS = Path(__file__).parent.parent / "training" / "configs"
@@ -207,7 +207,7 @@ def test_inputs_have_start_and_end_and_end_with_the_longest():
     part = Part(["MK", "ACDEF", "A" * 6 + "C" * 30 + "D" * 6], np.zeros(3, "int32"))
     corpus = Corpus("proteins", "", ["a", "b"], {}, "")
     tokenizer = ProteinTokenizer()
-    make_inputs = input_maker(config, corpus, part, tokenizer)
+    make_inputs = input_maker(config, corpus, part)
     x = make_inputs(np.array([0, 1]), None)
     m, k = tokenizer.token_to_id("M"), tokenizer.token_to_id("K")
     assert x["token_ids"].shape == (2, 8)
@@ -215,6 +215,12 @@ def test_inputs_have_start_and_end_and_end_with_the_longest():
     np.testing.assert_array_equal(x["padding_mask"].sum(1), [4, 7])
     x = make_inputs(np.array([2]), None)
     assert tokenizer.detokenize(x["token_ids"]) == ["A" * 5 + "D" * 5]
+
+    part = Part([encode("[MAX 4 3 ]"), encode("[MIN " + "7 " * 30 + "]")], np.zeros(2, "int32"))
+    make_inputs = input_maker(config, Corpus("list_ops", "", [], {}, ""), part)
+    first, second = make_inputs(np.array([0, 1]), None)["token_ids"]
+    assert decode(first) == "<cls> [MAX 4 3 ] <eos>"
+    assert decode(second) == "<cls> [MIN " + "7 " * 9 + "<eos>"
 
 
 class FixedModel:

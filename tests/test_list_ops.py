@@ -1,11 +1,20 @@
 import hashlib
+import re
 from itertools import chain
 
 import numpy as np
 import pytest
 
 from training.data import list_ops
-from training.data.list_ops import VOCABULARY, decode, encode, evaluate, generate_list_ops
+from training.data.list_ops import (
+    VOCABULARY,
+    WORDS,
+    ListOpsTokenizer,
+    decode,
+    encode,
+    evaluate,
+    generate_list_ops,
+)
 
 
 @pytest.mark.parametrize(
@@ -39,9 +48,11 @@ def test_tokens_are_those_of_the_vocabulary():
     text = "[MIN 0 1 [MAX 2 3 ] [MED 4 5 ] [SM 6 7 8 ] 9 ]"
     tokens = encode(text)
     assert tokens.dtype == "uint8" and decode(tokens) == text
-    assert set(tokens) == set(range(1, len(VOCABULARY)))
-    with pytest.raises(ValueError, match=r"'\[FIRST'"):
-        encode("[FIRST 1 2 ]")
+    assert set(tokens) == set(range(1, 16)) and tuple(VOCABULARY[1:16]) == WORDS
+    assert {*tokens, *ListOpsTokenizer.special_token_ids} == set(range(len(VOCABULARY)))
+    for word in ("[FIRST", "<mask>"):
+        with pytest.raises(ValueError, match=re.escape(repr(word))):
+            encode(f"[MAX 1 2 {word} ]")
 
 
 def draw_by_recursion(rng, depth, max_depth):

@@ -21,19 +21,17 @@ from keras_performer.models import (
 from training import protein_masked_lm
 from training.config import load_config
 from training.data.batches import Batches
-from training.data.masked_batches import mask_proteins
+from training.data.masked_batches import mask_sequences
+from training.masking import compare, train, unigram_log_probabilities
 from training.protein_masked_lm import (
     DEFAULT_CONFIG,
     Config,
     build_model,
-    compare,
     main,
     prepare_output,
     read_proteins,
     sequences_sha256,
     tokenize,
-    train,
-    unigram_log_probabilities,
 )
 
 BACKEND = keras.config.backend()
@@ -127,9 +125,10 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(fasta, tmp_path, monkey
     def train_model(output):
         model, preprocessor = build_model(config, None)
         ids = [tokenize(part, preprocessor.tokenizer) for part in (proteins, heldout)]
-        batch = mask_proteins(ids[1], preprocessor, np.random.default_rng(0))
+        batch = mask_sequences(ids[1], preprocessor, np.random.default_rng(0))
         console = Console(file=io.StringIO())
-        _, record = train(model, preprocessor, config, ids[0], batch, output, console)
+        lengths = np.array([len(row) for row in ids[0]])
+        _, record = train(model, preprocessor, config, ids[0], lengths, batch, output, console)
         return model.get_weights(), record["history"]
 
     walk = []
@@ -243,7 +242,7 @@ def masked(always_mask):
     letters = [AMINO_ACIDS, "MJ", "W" * 200, "ACDEFGHIKL" * 7]
     proteins = [np.asarray(tokenizer.tokenize(text), "int32") for text in letters]
     rng = np.random.default_rng(0)
-    return tokenizer, proteins, mask_proteins(proteins, preprocessor, rng, always_mask)
+    return tokenizer, proteins, mask_sequences(proteins, preprocessor, rng, always_mask)
 
 
 def test_masks_stand_on_residues_and_labels_restore_the_protein():
@@ -272,7 +271,7 @@ def test_training_masks_replace_some_keep_some_and_use_no_special_token():
     tokenizer = ProteinTokenizer()
     preprocessor = PerformerMaskedLMPreprocessor(tokenizer, sequence_length=1002)
     protein = np.asarray(tokenizer.tokenize("W" * 1000), "int32")
-    x, y, weights = mask_proteins([protein] * 20, preprocessor, np.random.default_rng(0))
+    x, y, weights = mask_sequences([protein] * 20, preprocessor, np.random.default_rng(0))
     tokens = np.take_along_axis(x["token_ids"], x["mask_positions"], 1)
     assert weights.all() and (y == protein[0]).all() and y.shape == (20, 150)
     share = (tokens == tokenizer.mask_token_id).mean()
@@ -292,7 +291,7 @@ def test_a_batch_can_end_with_its_longest_protein():
     for longest, expected in ((13, 16), (14, 16), (15, 32), (90, 96), (95, 100), (500, 100)):
         proteins = [np.asarray(tokenizer.tokenize("W" * n), "int32") for n in (3, longest)]
         rng = np.random.default_rng(0)
-        x, y, weights = mask_proteins(proteins, preprocessor, rng, length_multiple=16)
+        x, y, weights = mask_sequences(proteins, preprocessor, rng, length_multiple=16)
         assert x["token_ids"].shape == x["padding_mask"].shape == (2, expected)
         assert y.shape == weights.shape == (2, round(0.2 * (expected - 2)))
         assert weights[1].sum() == round(0.2 * min(longest, expected - 2))
@@ -307,15 +306,15 @@ class FixedModel:
 
 
 def test_figures_agree_with_a_calculation_by_hand():
-    y = np.array([[1, 2, 0], [1, 0, 0], [2, 2, 1]], "int32")
-    weights = np.array([[1, 1, 0], [1, 0, 0], [1, 1, 1]], "float32")
+    # The last has no masked place.
+    y = np.array([[1, 2, 0], [1, 0, 0], [2, 2, 1], [0, 0, 0]], "int32")
+    weights = np.array([[1, 1, 0], [1, 0, 0], [1, 1, 1], [0, 0, 0]], "float32")
     batch = ({"mask_positions": y}, y, weights)
     with np.errstate(divide="ignore"):
         baseline = np.log([0, 0.5, 0.5])
     model: Any = FixedModel(np.log([0.25, 0.25, 0.5]) + 7)
     result = compare(model, baseline, batch, batch_size=2)
     log2 = np.log(2)
-    assert result["masked_residues"] == 6
     assert result["unigram"]["cross_entropy"] == pytest.approx(log2)
     assert result["unigram"]["accuracy"] == pytest.approx(3 / 6)
     assert result["model"]["cross_entropy"] == pytest.approx((3 * 2 * log2 + 3 * log2) / 6)

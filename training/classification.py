@@ -38,10 +38,10 @@ from training.data.examples import (
     load_examples,
     texts_sha256,
 )
-from training.data.list_ops import VOCABULARY, encode, load_list_ops
+from training.data.list_ops import ListOpsTokenizer, encode, load_list_ops
 from training.data.localisation import load_localisation
 from training.data.padded_rows import bracket, pad_rows
-from training.encoders import add_preset_flag, build_encoder, encoder_phrase, tokenizer_of
+from training.encoders import add_preset_flag, build_encoder, encoder_phrase
 from training.results import (
     finish,
     predict_in_batches,
@@ -181,6 +181,11 @@ class Corpus:
     parts: dict[str, Part]
     sha256: str
 
+    @property
+    def takes_strings(self) -> bool:
+        """Whether examples are strings, which a saved preset can take; ListOps are tokens."""
+        return self.kind != "list_ops"
+
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the job.
@@ -214,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     # 3. Compare with always choosing the most frequent class.
     metrics: dict[str, Any] = {"parameters": model.count_params(), "training": record}
     test = corpus.parts["test"]
-    read = input_maker(config, corpus, test, tokenizer_of(model))
+    read = input_maker(config, corpus, test)
     metrics["test"] = compare(trainer, corpus, read, config.training.batch_size)
     console.print(comparison_table(metrics["test"]))
 
@@ -313,28 +318,40 @@ def _labelled(splits: Splits, kind: str, source: str) -> Corpus:
     return Corpus(kind, source, classes, parts, texts_sha256(*columns_of(splits)))
 
 
+def make_tokenizer(kind: str) -> Any:
+    """Return the tokenizer of "proteins", "documents" or "list_ops"."""
+    from keras_performer.models import ByteTokenizer, ProteinTokenizer
+
+    tokenizers = {
+        "proteins": ProteinTokenizer,
+        "documents": ByteTokenizer,
+        "list_ops": ListOpsTokenizer,
+    }
+    return tokenizers[kind]()
+
+
 def build_model(
     config: Config, corpus: Corpus, preset: str | None, backend: str | None
 ) -> "PerformerSequenceClassifier":
     """Choose the backend, seed it, and return the model, with a preprocessor unless for ListOps."""
     start_keras(backend, config.seed)
     from keras_performer.models import (
-        ByteTokenizer,
         PerformerSequenceClassifier,
         PerformerSequenceClassifierPreprocessor,
-        ProteinTokenizer,
     )
 
-    tokenizer = preprocessor = None
-    vocabulary_size = len(VOCABULARY)
-    if corpus.kind != "list_ops":
-        tokenizer = ProteinTokenizer() if corpus.kind == "proteins" else ByteTokenizer()
-        vocabulary_size = tokenizer.vocabulary_size()
+    tokenizer, preprocessor = make_tokenizer(corpus.kind), None
+    if corpus.takes_strings:
         preprocessor = PerformerSequenceClassifierPreprocessor(
             tokenizer, sequence_length=config.data.sequence_length
         )
     encoder = build_encoder(
-        config.model, vocabulary_size, tokenizer, preset, config.seed, config.training.precision
+        config.model,
+        tokenizer.vocabulary_size(),
+        tokenizer if corpus.takes_strings else None,
+        preset,
+        config.seed,
+        config.training.precision,
     )
     return PerformerSequenceClassifier(
         encoder,
@@ -392,21 +409,18 @@ def crop(row: np.ndarray, room: int, kind: str, rng: np.random.Generator | None)
 
 
 def input_maker(
-    config: Config, corpus: Corpus, part: Part, tokenizer: Any
+    config: Config, corpus: Corpus, part: Part
 ) -> Callable[[np.ndarray, np.random.Generator | None], dict[str, np.ndarray]]:
     """Return a function of examples' indices and a generator that makes the model's inputs."""
-    length = config.data.sequence_length
+    length, tokenizer = config.data.sequence_length, make_tokenizer(corpus.kind)
 
     def make_inputs(indices: np.ndarray, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
-        if tokenizer is None:
-            rows = [crop(part.texts[i], length, corpus.kind, rng) for i in indices]
-        else:
-            rows = [
-                bracket(
-                    crop(tokenizer.tokenize(part.texts[i]), length - 2, corpus.kind, rng), tokenizer
-                )
-                for i in indices
-            ]
+        rows = [
+            bracket(
+                crop(tokenizer.tokenize(part.texts[i]), length - 2, corpus.kind, rng), tokenizer
+            )
+            for i in indices
+        ]
         return pad_rows(rows, length, config.data.length_multiple)
 
     return make_inputs
@@ -431,7 +445,7 @@ def train(
 
     training, data = config.training, config.data
     part, validation = corpus.parts["train"], corpus.parts["validation"]
-    make_inputs = input_maker(config, corpus, part, tokenizer_of(model))
+    make_inputs = input_maker(config, corpus, part)
     batches = Batches(
         np.minimum(part.lengths(corpus.kind), data.sequence_length),
         lambda indices, rng: (make_inputs(indices, rng), part.labels[indices]),
@@ -447,10 +461,7 @@ def train(
     record = fit(
         trainer,
         batches,
-        (
-            input_maker(config, corpus, validation, tokenizer_of(model))(spread, None),
-            validation.labels[spread],
-        ),
+        (input_maker(config, corpus, validation)(spread, None), validation.labels[spread]),
         training,
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         weighted_metrics=[keras.metrics.SparseCategoricalAccuracy(name="accuracy")],

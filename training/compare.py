@@ -52,6 +52,7 @@ class Recipe:
 
 RECIPES = {
     "protein_masked_lm": Recipe("heldout", "unigram", ("perplexity", "accuracy")),
+    "self_pretraining": Recipe("test", "unigram", ("perplexity", "accuracy")),
     "causal_lm": Recipe(
         "test",
         "unigram",

@@ -80,5 +80,6 @@ def encoder_phrase(encoder: "PerformerEncoderBackbone", preset: str | None) -> s
         f"({encoder.attention})"
     )
     if preset is not None:
-        phrase += f", all from {preset}; of [model] only dropout is read"
+        # Not "[model]", which Rich would take for its markup.
+        phrase += f", all from {preset}; of section model only dropout is read"
     return phrase

@@ -23,6 +23,15 @@ from training.config import load_config
 from training.data.examples import texts_sha256
 from training.data.fasta import Protein
 from training.data.protein_sources import SOURCES, load_proteins
+from training.masking import (
+    compare,
+    comparison_table,
+    make_preprocessor,
+    require_mask_rates,
+    slice_batch,
+    train,
+    unigram_log_probabilities,
+)
 from training.results import (
     RELOAD_TOLERANCE,
     difference,
@@ -35,8 +44,6 @@ from training.scores import log_probabilities
 from training.sections import Experiment, ModelConfig, TrainingConfig, require
 
 if TYPE_CHECKING:
-    import keras
-
     from keras_performer.models import PerformerMaskedLM, PerformerMaskedLMPreprocessor
 
 # Keras chooses its backend when it is imported, so nothing that imports it stands up here.
@@ -62,13 +69,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         require(self.source in SOURCES, "data.source", f"one of {', '.join(SOURCES)}")
         require(self.sequence_length >= 16, "data.sequence_length", "at least 16")
-        require(0 < self.mask_rate < 1, "data.mask_rate", "between 0 and 1")
-        require(0 <= self.mask_token_rate <= 1, "data.mask_token_rate", "between 0 and 1")
-        require(
-            0 <= self.random_token_rate <= 1 - self.mask_token_rate,
-            "data.random_token_rate",
-            "at least 0, and at most 1 with data.mask_token_rate",
-        )
+        require_mask_rates(self)
         require(0 < self.heldout_share < 1, "data.heldout_share", "between 0 and 1")
         require(self.length_multiple >= 0, "data.length_multiple", "at least 0 (full length)")
         require(self.bucket_batches >= 1, "data.bucket_batches", "at least 1")
@@ -120,22 +121,32 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     console.print(describe(config, source, proteins, heldout, model, output))
 
     # 2. Residues become token ids once; the held-out proteins get one fixed set of masks.
-    from training.data.masked_batches import mask_proteins
+    from training.data.masked_batches import mask_sequences
 
     train_ids = tokenize(proteins, preprocessor.tokenizer)
     heldout_ids = tokenize(heldout, preprocessor.tokenizer)
-    heldout_batch = mask_proteins(
+    heldout_batch = mask_sequences(
         heldout_ids, preprocessor, np.random.default_rng(config.seed), always_mask=True
     )
 
     # 3. Train. A run that was killed goes on where its last epoch ended.
-    trainer, record = train(model, preprocessor, config, train_ids, heldout_batch, output, console)
+    lengths = np.array([len(ids) for ids in train_ids])
+    validation = slice_batch(heldout_batch, 0, config.training.validation_proteins)
+    trainer, record = train(
+        model, preprocessor, config, train_ids, lengths, validation, output, console
+    )
 
     # 4. Compare with the frequencies of the residues, at the same masked places.
     metrics: dict[str, Any] = {"parameters": model.count_params(), "training": record}
     baseline = unigram_log_probabilities(train_ids, preprocessor.tokenizer)
-    metrics["heldout"] = compare(trainer, baseline, heldout_batch, config.training.batch_size)
-    console.print(comparison_table(metrics["heldout"]))
+    num_masked = int(heldout_batch[2].sum())
+    metrics["heldout"] = {
+        "proteins": len(heldout),
+        "masked_residues": num_masked,
+        **compare(trainer, baseline, heldout_batch, config.training.batch_size),
+    }
+    title = f"{num_masked:,} masked residues of {len(heldout):,} held-out proteins"
+    console.print(comparison_table(metrics["heldout"], title, "proteins"))
 
     # 5. Save the preset, and use what was saved from here on.
     from keras_performer.models import PerformerMaskedLM
@@ -198,7 +209,6 @@ def build_model(
     from keras_performer.models import (
         PerformerEncoderBackbone,
         PerformerMaskedLM,
-        PerformerMaskedLMPreprocessor,
         ProteinTokenizer,
     )
 
@@ -209,13 +219,7 @@ def build_model(
         seed=config.seed,
         dtype=config.training.precision,
     )
-    preprocessor = PerformerMaskedLMPreprocessor(
-        tokenizer,
-        sequence_length=config.data.sequence_length,
-        mask_selection_rate=config.data.mask_rate,
-        mask_token_rate=config.data.mask_token_rate,
-        random_token_rate=config.data.random_token_rate,
-    )
+    preprocessor = make_preprocessor(tokenizer, config.data)
     return PerformerMaskedLM(backbone, preprocessor=preprocessor), preprocessor
 
 
@@ -246,147 +250,6 @@ def describe(
 def tokenize(proteins: Sequence[Protein], tokenizer: Any) -> list[np.ndarray]:
     """Return the token ids of each protein, without special tokens."""
     return [np.asarray(tokenizer.tokenize(protein.sequence), "int32") for protein in proteins]
-
-
-def train(
-    model: "PerformerMaskedLM",
-    preprocessor: "PerformerMaskedLMPreprocessor",
-    config: Config,
-    train_ids: Sequence[np.ndarray],
-    heldout_batch: Any,
-    output: Path,
-    console: Console,
-) -> "tuple[keras.Model, dict[str, Any]]":
-    """Train the model, or go on with a run that was killed.
-
-    **Returns** A plain Keras model of the same layers, which takes masked batches where the task
-    itself takes strings; and what `loop.fit` returns.
-    """
-    import keras
-
-    from training.data.batches import Batches
-    from training.data.masked_batches import mask_proteins
-    from training.loop import fit
-
-    training = config.training
-
-    def make_batch(indices: np.ndarray, rng: np.random.Generator) -> Any:
-        proteins = [train_ids[index] for index in indices]
-        return mask_proteins(
-            proteins, preprocessor, rng, length_multiple=config.data.length_multiple
-        )
-
-    batches = Batches(
-        [min(len(protein) + 2, config.data.sequence_length) for protein in train_ids],
-        make_batch,
-        training.batch_size,
-        training.steps_per_epoch,
-        config.seed,
-        config.data.bucket_batches,
-    )
-    trainer = keras.Model(model.input, model.output, name="trainer")
-    record = fit(
-        trainer,
-        batches,
-        slice_batch(heldout_batch, 0, training.validation_proteins),
-        training,
-        # The mean over masked residues; the default would count the unused places too.
-        loss=keras.losses.SparseCategoricalCrossentropy(
-            from_logits=True, reduction="mean_with_sample_weight"
-        ),
-        weighted_metrics=[keras.metrics.SparseCategoricalAccuracy(name="accuracy")],
-        seed=config.seed,
-        output=output,
-        console=console,
-    )
-    return trainer, record
-
-
-def slice_batch(batch: Any, start: int, stop: int) -> Any:
-    """Return the proteins from `start` to `stop` of a batch."""
-    x, y, weights = batch
-    part = slice(start, stop)
-    return {name: array[part] for name, array in x.items()}, y[part], weights[part]
-
-
-def unigram_log_probabilities(proteins: Sequence[np.ndarray], tokenizer: Any) -> np.ndarray:
-    """Return the log frequency of every residue in the proteins, with one added to each count.
-
-    **Returns** A vector over the vocabulary; minus infinity at special tokens, never predicted.
-    """
-    counts = np.zeros(tokenizer.vocabulary_size())
-    for protein in proteins:
-        counts += np.bincount(protein, minlength=len(counts))
-    counts += 1
-    counts[list(tokenizer.special_token_ids)] = 0
-    with np.errstate(divide="ignore"):
-        return np.log(counts / counts.sum())
-
-
-def compare(
-    trainer: "keras.Model", baseline: np.ndarray, heldout_batch: Any, batch_size: int
-) -> dict[str, Any]:
-    """Score the model and the baseline at the masked places of the held-out proteins.
-
-    **Returns** For each: cross-entropy, its exponential (perplexity) and accuracy over all masked
-    residues. Then the difference of the mean cross-entropy of each protein, baseline minus model:
-    its mean over proteins, the standard error of that mean, and their ratio.
-    """
-    scores: dict[str, list[np.ndarray]] = {"model": [], "unigram": []}
-    hits = {"model": 0.0, "unigram": 0.0}
-    num_proteins = len(heldout_batch[1])
-    for start in range(0, num_proteins, batch_size):
-        x, y, weights = slice_batch(heldout_batch, start, start + batch_size)
-        predicted = log_probabilities(trainer.predict_on_batch(x))
-        for name, table in (("model", predicted), ("unigram", baseline[None, None])):
-            table = np.broadcast_to(table, predicted.shape)
-            surprise = -np.take_along_axis(table, y[..., None], -1)[..., 0]
-            scores[name].append(np.where(weights > 0, surprise, 0.0))
-            hits[name] += float(((table.argmax(-1) == y) * weights).sum())
-
-    places = heldout_batch[2].sum(-1)
-    result: dict[str, Any] = {"proteins": num_proteins, "masked_residues": int(places.sum())}
-    per_protein = {}
-    for name, parts in scores.items():
-        totals = np.concatenate(parts).sum(-1)
-        per_protein[name] = totals / places
-        cross_entropy = float(totals.sum() / places.sum())
-        result[name] = {
-            "cross_entropy": cross_entropy,
-            "perplexity": float(np.exp(cross_entropy)),
-            "accuracy": hits[name] / float(places.sum()),
-        }
-    differences = per_protein["unigram"] - per_protein["model"]
-    error = float(differences.std(ddof=1) / np.sqrt(num_proteins))
-    result["difference"] = {
-        "mean": float(differences.mean()),
-        "standard_error": error,
-        "standard_errors": float(differences.mean() / error),
-    }
-    return result
-
-
-def comparison_table(result: dict[str, Any]) -> Table:
-    """Return the figures of `compare` as a table."""
-    difference = result["difference"]
-    table = Table(
-        title=f"{result['masked_residues']:,} masked residues of {result['proteins']:,} held-out "
-        "proteins",
-        caption=f"Cross-entropy below the unigram baseline's, mean over proteins: "
-        f"{difference['mean']:.4f} ± {difference['standard_error']:.4f} "
-        f"({difference['standard_errors']:.1f} standard errors)",
-    )
-    for column in ("", "cross-entropy", "perplexity", "accuracy"):
-        table.add_column(column, justify="right")
-    for name, label in (("model", "model"), ("unigram", "unigram frequencies")):
-        row = result[name]
-        table.add_row(
-            label,
-            f"{row['cross_entropy']:.4f}",
-            f"{row['perplexity']:.3f}",
-            f"{row['accuracy']:.2%}",
-        )
-    return table
 
 
 def prediction_table(

@@ -17,7 +17,8 @@ import numpy as np
 from training.data.examples import SPLITS
 from training.data.registry import cache_folder
 
-VOCABULARY = ("<pad>", "[MIN", "[MAX", "[MED", "[SM", "]", *map(str, range(10)))
+WORDS = ("[MIN", "[MAX", "[MED", "[SM", "]", *map(str, range(10)))
+VOCABULARY = ("<pad>", *WORDS, "<cls>", "<eos>", "<mask>")
 _OPERATORS = 4
 _CLOSE = 5
 _DIGIT_0 = 6
@@ -38,7 +39,7 @@ class ListOps:
     """Examples of different lengths, one after the other.
 
     **Args**
-        tokens: (S,) uint8, indices into `VOCABULARY`, without padding.
+        tokens: (S,) uint8, indices of `WORDS` in `VOCABULARY`.
         offsets: (N + 1,) int64, example i is `tokens[offsets[i] : offsets[i + 1]]`.
         labels: (N,) uint8, the results.
     """
@@ -55,6 +56,24 @@ class ListOps:
         """Return the tokens of an example."""
         first, end = self.offsets[index], self.offsets[index + 1]
         return self.tokens[first:end]
+
+
+class ListOpsTokenizer:
+    """What recipes ask of a tokenizer, for examples that come as tokens."""
+
+    pad_token_id = VOCABULARY.index("<pad>")
+    start_token_id = VOCABULARY.index("<cls>")
+    end_token_id = VOCABULARY.index("<eos>")
+    mask_token_id = VOCABULARY.index("<mask>")
+    special_token_ids = (pad_token_id, start_token_id, end_token_id, mask_token_id)
+
+    def vocabulary_size(self) -> int:
+        """Return the number of token ids."""
+        return len(VOCABULARY)
+
+    def tokenize(self, example: np.ndarray) -> np.ndarray:
+        """Return the tokens of an example, which it is."""
+        return example
 
 
 def load_list_ops(seed: int = 0) -> dict[str, ListOps]:
@@ -237,9 +256,9 @@ def encode(text: str) -> np.ndarray:
     """
     words = [word for word in text.split() if word not in ("(", ")")]
     for word in words:
-        if word not in VOCABULARY[1:]:
+        if word not in WORDS:
             raise ValueError(
-                f"Words of ListOps are {' '.join(VOCABULARY[1:])}, with spaces between. "
+                f"Words of ListOps are {' '.join(WORDS)}, with spaces between. "
                 f"Received: {word[:40]!r}"
             )
     return np.array([VOCABULARY.index(word) for word in words], "uint8")

@@ -9,7 +9,7 @@ import numpy as np
 
 from keras_performer.models import PerformerMaskedLMPreprocessor
 from training import protein_masked_lm
-from training.data.masked_batches import mask_proteins
+from training.data.masked_batches import mask_sequences
 from training.data.protein_sample import load_protein_sample
 from zoo.build import tables
 from zoo.build._preset import publish
@@ -75,7 +75,7 @@ def heldout_inputs(output: Path) -> dict[str, np.ndarray]:
     preprocessor = PerformerMaskedLMPreprocessor.from_preset(output / "preset")
     _, heldout = load_protein_sample()
     ids = [np.asarray(preprocessor.tokenizer.tokenize(p.sequence), "int32") for p in heldout[:64]]
-    inputs, _, _ = mask_proteins(ids, preprocessor, np.random.default_rng(0), always_mask=True)
+    inputs, _, _ = mask_sequences(ids, preprocessor, np.random.default_rng(0), always_mask=True)
     return inputs
 
 
