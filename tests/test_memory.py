@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import keras
 import pytest
@@ -92,28 +93,46 @@ def test_memory_grows_linearly_to_65536_tokens():
     assert growth < 4.6, f"memory grows {growth:.2f} times from 16,384 to 65,536 tokens"
 
 
-LONG_STEP = r"""
-import resource, sys
-import keras
-import numpy as np
-from keras_performer.models import PerformerCausalLM, PerformerDecoderBackbone
-
-backbone = PerformerDecoderBackbone(
-    vocabulary_size=261, num_layers=6, num_heads=8, hidden_dim=512, intermediate_dim=2048,
-    num_features=64, exact_window=64, **{sys.argv[1]: True})
-model = PerformerCausalLM(backbone)
-model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-ids = np.random.default_rng(0).integers(5, 261, (1, 32768)).astype("int32")
-loss = model.train_on_batch({"token_ids": ids, "padding_mask": np.ones_like(ids)}, ids)
-assert np.isfinite(loss).all(), loss
-print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
-"""
+linux = pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="Linux alone forgets a peak on demand"
+)
 
 
+@linux
 @pytest.mark.slow
 @pytest.mark.parametrize("option", ["remat", "reversible"])
 def test_a_model_step_of_32768_tokens_fits_in_8_gib(option):
     """The whole process: a decoder of bytes with 6 layers of width 512, its optimizer included."""
-    peak = float(run_in_a_process(LONG_STEP, option, word="PEAK"))
+    pytest.importorskip("rich")
+    from training.benchmarks.model_memory import measure
+
+    peak = measure(option, 6, 512, 32768)["process_bytes"] / 2**30
     print(f"{keras.config.backend()}, {option}: {peak:.2f} GiB")
     assert peak < 8, f"{peak:.2f} GiB with {option}=True"
+
+
+@linux
+@pytest.mark.slow
+def test_memory_of_a_reversible_step_does_not_grow_with_depth():
+    """Above what is held between steps, which has the weights and the optimizer's state."""
+    pytest.importorskip("rich")
+    from training.benchmarks.model_memory import measure
+
+    peaks = [measure("reversible", n, 64, 16384)["step_bytes"] / 2**20 for n in (4, 24)]
+    print(f"{peaks[0]:.0f} MiB with 4 blocks, {peaks[1]:.0f} MiB with 24")
+    assert peaks[1] < 1.1 * peaks[0]
+
+
+@linux
+@pytest.mark.slow_on_jax
+def test_the_memory_benchmark_tells_each_step_and_its_growth(tmp_path):
+    pytest.importorskip("rich")
+    from training.benchmarks import model_memory
+
+    arguments = "--kinds plain --depths 1 --length 3000 --long 0 --out"
+    results = model_memory.main([*arguments.split(), str(tmp_path)])
+    assert json.loads((tmp_path / "metrics.json").read_text()) == results
+    (step,) = results["steps"]
+    assert step["num_layers"] == 1 and results["growth"] == {"plain": 1}
+    # A plain step keeps at least the logits and the feed-forward part's intermediate results.
+    assert 4 * 3000 * (261 + 256) < step["step_bytes"] < step["process_bytes"]

@@ -1,10 +1,6 @@
-"""Reversible stacks: gradients against plain differentiation, streams, and memory."""
+"""Reversible stacks: gradients against plain differentiation, and streams."""
 
 import itertools
-import json
-import os
-import subprocess
-import sys
 
 import keras
 import numpy as np
@@ -152,46 +148,3 @@ def test_half_precision_keeps_the_streams_in_float32():
 def test_only_blocks_are_taken():
     with pytest.raises(TypeError, match=r"PerformerEncoderBlocks.*Received: <Dense"):
         ReversibleStack([keras.layers.Dense(3)])
-
-
-MEMORY = """
-import json, resource, sys, os
-import numpy as np, keras
-from keras_performer.layers import PerformerEncoderBlock, ReversibleStack
-keras.utils.set_random_seed(0)
-width, length, depth = 64, 16384, int(sys.argv[1])
-blocks = [PerformerEncoderBlock(2, 128, num_features=32, seed=i) for i in range(depth)]
-symbol = keras.Input((length, width))
-model = keras.Model(symbol, ReversibleStack(blocks)(symbol))
-model.compile("adam", "mse", jit_compile=keras.config.backend() == "jax")
-x = np.random.default_rng(0).standard_normal((1, length, width)).astype("float32")
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-short = x[:, :256]
-base = keras.Model(s := keras.Input((256, width)), model.layers[1](s))
-base.compile("adam", "mse", jit_compile=keras.config.backend() == "jax")
-base.train_on_batch(short, short)
-before = peak()
-model.train_on_batch(x, x)
-model.train_on_batch(x, x)
-print(json.dumps(peak() - before))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(BACKEND != "torch", reason="compilers of graphs add memory of their own")
-@pytest.mark.skipif(os.name != "posix", reason="peak memory is read with a Unix call")
-def test_memory_does_not_grow_with_depth():
-    """Above a step of 256 tokens, which has the weights, gradients and optimizer state already."""
-    peaks = []
-    for depth in (4, 24):
-        result = subprocess.run(
-            [sys.executable, "-c", MEMORY, str(depth)],
-            capture_output=True,
-            text=True,
-            check=True,
-            # Else glibc keeps freed blocks between others, and they count as used.
-            env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
-        )
-        peaks.append(json.loads(result.stdout.splitlines()[-1]))
-    print(f"{peaks[0]:.0f} MiB with 4 blocks, {peaks[1]:.0f} MiB with 24")
-    assert peaks[1] < 1.1 * peaks[0]

@@ -34,9 +34,8 @@ class ReversibleStack(keras.layers.Layer):
     not give back what was added to. The branches compute as the blocks' dtype policy says.
     Activations come back to rounding only, and gradients with them.
 
-    **Cost** Time of the blocks, once more in the backward pass; memory of two streams. Measured on
-    PyTorch. A compiler may order a graph for speed and keep more: XLA does so on CPUs, and there
-    JAX's memory still grows with depth, by a third of what it is without this layer.
+    **Cost** Time of the blocks, once more in the backward pass; memory of two streams. XLA would
+    order a compiled step for speed and keep more, so each branch is a conditional there.
 
     **Raises** TypeError if a block is of another kind.
 

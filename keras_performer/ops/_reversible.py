@@ -50,11 +50,15 @@ def reversible(
             parts[0], parts[1 : count + 1], parts[count + 1], parts[count + 2 : -1], parts[-1]
         )  # fmt: skip
 
-    def forward(*tensors: Any) -> list[Any]:
+    def forward(*tensors: Any, alone: bool = False) -> list[Any]:
         streams, weights, extras, states, constants = split(tensors)
         both, after = list(streams), []
         for i, branch in enumerate(branches):
-            delta, new = branch(both[(i + 1) % 2], weights[i], states[i], extras, constants)
+            arguments = (both[(i + 1) % 2], weights[i], states[i], extras, constants)
+            if alone:
+                delta, new = _alone(branch, arguments, (arguments[0], states[i]))
+            else:
+                delta, new = branch(*arguments)
             both[i % 2] = both[i % 2] + delta
             after.append(new)
         return [*both, *(tensor for new in after for tensor in new)]
@@ -95,15 +99,14 @@ def _after(streams: list[Any], grads: list[Any]) -> list[Any]:
     """The streams, which a compiler may not use before the gradients are there.
 
     Undoing the sums needs no gradients: done ahead of them, it would keep every branch's
-    intermediate results until its own gradients are wanted.
+    intermediate results until its own gradients are wanted. `_alone` is for compilers that do not
+    heed this.
     """
     backend = keras.backend.backend()
     if backend == "jax":
-        import jax.numpy as jnp
+        import jax
 
-        # XLA removes an optimization barrier on CPUs, but it does not know that this is zero.
-        zero = sum(jnp.minimum(jnp.abs(jnp.ravel(grad)[0]), 0) for grad in grads)
-        return [stream + jnp.asarray(zero, stream.dtype) for stream in streams]
+        return jax.lax.optimization_barrier((streams, grads))[0]
     if backend == "tensorflow":
         import tensorflow as tf
 
@@ -112,22 +115,56 @@ def _after(streams: list[Any], grads: list[Any]) -> list[Any]:
     return streams
 
 
+def _alone(function: Callable[..., Any], tensors: Sequence[Any], like: Any) -> Any:
+    """`function(*tensors)`, shaped as `like`, as a computation that XLA mixes with nothing else.
+
+    XLA starts early whatever needs no result that is still missing, shares it between branches, and
+    keeps it until its last use; on CPUs it heeds no optimization barrier and no control dependency.
+    But one side of a conditional runs, and frees its memory, as a whole. On other devices, which
+    would wait for the host at each conditional, JAX's barrier is enough.
+    """
+
+    def run() -> Any:
+        return function(*tensors)
+
+    def zeros() -> Any:
+        return keras.tree.map_structure(keras.ops.zeros_like, like)
+
+    # A random number is always below 2, which XLA does not know.
+    if keras.backend.backend() == "jax":
+        import jax
+        from jax.core import Tracer
+
+        if not isinstance(tensors[0], Tracer) or jax.default_backend() != "cpu":
+            return run()
+        return jax.lax.cond(jax.lax.rng_uniform(0.0, 1.0, ()) < 2, run, zeros)
+    import tensorflow as tf
+
+    return run() if tf.executing_eagerly() else tf.cond(tf.random.uniform(()) < 2, run, zeros)
+
+
 def _pull_back(function: Any, tensors: Tensors, grad: Any) -> tuple[Any, Sequence[Any]]:
     """Run `function`, and return its first result and the gradients of `tensors`, given `grad`."""
     backend = keras.backend.backend()
     if backend == "jax":
         import jax
 
-        delta, pull, _ = jax.vjp(function, *tensors, has_aux=True)
-        return delta, pull(grad)
+        def pull_jax(grad: Any, *tensors: Any) -> tuple[Any, Tensors]:
+            delta, pull, _ = jax.vjp(function, *tensors, has_aux=True)
+            return delta, pull(grad)
+
+        return _alone(pull_jax, (grad, *tensors), (grad, tensors))
     if backend == "tensorflow":
         import tensorflow as tf
 
-        with tf.GradientTape() as tape:
-            tape.watch(tensors)
-            delta, _ = function(*tensors)
-        zero = tf.UnconnectedGradients.ZERO
-        return delta, tape.gradient(delta, list(tensors), grad, unconnected_gradients=zero)
+        def pull_tensorflow(grad: Any, *tensors: Any) -> tuple[Any, Tensors]:
+            with tf.GradientTape() as tape:
+                tape.watch(tensors)
+                delta, _ = function(*tensors)
+            zero = tf.UnconnectedGradients.ZERO
+            return delta, tuple(tape.gradient(delta, tensors, grad, unconnected_gradients=zero))
+
+        return _alone(pull_tensorflow, (grad, *tensors), (grad, tensors))
     import torch
 
     inputs = [tensor.detach().requires_grad_() for tensor in tensors]
@@ -153,7 +190,7 @@ def _with_gradient(
             return forward(*tensors)
 
         def run_forward(*tensors: Any) -> tuple[list[Any], Any]:
-            results = forward(*tensors)
+            results = forward(*tensors, alone=True)
             return results, (*results[:2], *tensors[2:])
 
         def run_backward(kept: Any, grads: Any) -> tuple[Any, ...]:
