@@ -11,6 +11,7 @@ pytest.importorskip("matplotlib")
 from training.benchmarks import attention_speed, generation, model_speed
 
 
+@pytest.mark.slow_on_jax
 def test_the_state_of_the_performer_has_one_size_and_that_of_softmax_grows():
     results = generation.main(
         ["--positions", "30", "120", "--steps", "2", "--hidden-dim", "64", "--num-layers", "1"]
@@ -35,6 +36,7 @@ def test_attention_is_timed_at_every_length_and_drawn(bidirectional, tmp_path):
     assert (tmp_path / "speed.png").stat().st_size > 1000
 
 
+@pytest.mark.slow_on_jax
 def test_the_speed_benchmark_refuses_to_time_what_is_wrong(monkeypatch):
     real = attention_speed.favor_attention
 
@@ -69,6 +71,7 @@ def test_peak_memory_is_that_of_the_pass():
     assert identity < 4 * 8 * 2048**2 < all_pairs
 
 
+@pytest.mark.slow_on_jax
 def test_models_are_timed_against_one_without_attention():
     arguments = ["--length", "40", "--num-layers", "1", "--hidden-dim", "64", "--rounds", "1"]
     seconds = model_speed.main([*arguments, "--kinds", "64 features, window 64"])

@@ -11,6 +11,7 @@ import keras
 import numpy as np
 import oracles
 import pytest
+from marks import slow_on_jax
 from tolerances import assert_close, assert_exact, to_numpy
 
 from keras_performer.callbacks import AttentionHealth, RedrawFeatures
@@ -458,7 +459,7 @@ class Losses(keras.callbacks.Callback):
         return np.diff(self.sums)
 
 
-@pytest.mark.parametrize("loss_first", [False, True])
+@pytest.mark.parametrize("loss_first", [False, *slow_on_jax(True)])
 def test_the_next_batch_sees_the_new_features(draws, loss_first):
     """Weights stand still (learning rate 0), so a loss tells which projection a batch used."""
     model, twin = (make_model(learning_rate=0.0, num_features=2) for _ in range(2))
@@ -495,6 +496,7 @@ def test_training_goes_on_with_the_new_features(draws):
         assert_close(weight, expected, "layer")
 
 
+@pytest.mark.slow_on_jax
 @SINGLE_STEPS
 def test_several_steps_an_execution_redraw_when_a_multiple_is_passed(draws):
     fit(make_model(), 12, RedrawFeatures(every=3))
@@ -510,6 +512,7 @@ def test_several_steps_an_execution_redraw_when_a_multiple_is_passed(draws):
     assert draws == []
 
 
+@pytest.mark.slow_on_jax
 def test_a_step_is_one_of_the_optimizer(draws):
     optimizer = keras.optimizers.SGD(0.1, gradient_accumulation_steps=2)
     model = make_model(compiled={"optimizer": optimizer})
@@ -546,6 +549,7 @@ def test_a_count_restored_at_the_start_of_training_is_seen(draws):
     assert len(draws) == 2  # after six batches, the second of these
 
 
+@pytest.mark.slow_on_jax
 def test_nothing_is_redrawn_outside_of_training(draws):
     model = make_model()
     callback = RedrawFeatures(every=1)
@@ -582,6 +586,7 @@ def mixed_model(maps):
     return model
 
 
+@pytest.mark.slow_on_jax
 def test_only_random_projections_are_redrawn(draws):
     model = mixed_model(MAPS)
     fit(model, 1, RedrawFeatures(every=1))
@@ -679,7 +684,10 @@ def test_the_callback_looks_at_as_many_tokens_as_it_is_told_to():
 
 @pytest.mark.parametrize(
     ("group", "steps"),
-    [(1, [2, 4, 6]), pytest.param(4, [4, 7], marks=SINGLE_STEPS)],
+    [
+        pytest.param(1, [2, 4, 6], marks=pytest.mark.slow_on_jax),
+        pytest.param(4, [4, 7], marks=SINGLE_STEPS),
+    ],
 )
 def test_measuring_between_batches_changes_nothing(group, steps):
     settings = {"steps_per_execution": group}

@@ -84,8 +84,8 @@ def greedy_by_full_passes(model, inputs):
 @pytest.mark.parametrize(
     "kind",
     [
-        *sorted(KINDS.keys() - {"relu", "learned", "sliding_window"}),
-        *slow_on_jax("learned", "sliding_window"),
+        "exact_window",
+        *slow_on_jax(*sorted(KINDS.keys() - {"relu", "exact_window"})),
     ],
 )
 def test_greedy_tokens_are_those_of_full_passes(kind):
@@ -265,6 +265,7 @@ def test_learns_from_strings():
     assert "MKMKMK" in model.generate("MKMKMK", max_length=14)
 
 
+@pytest.mark.slow_on_jax
 def test_a_preset_comes_back_also_through_the_base_classes(tmp_path):
     model = make_model()
     inputs = as_inputs(make_tokens(7))
@@ -298,6 +299,7 @@ def test_untied_weights_and_every_option_come_back(tmp_path):
     assert len(names) == 2 and "reverse" in names[1]
 
 
+@pytest.mark.slow_on_jax
 @pytest.mark.parametrize(
     ("options", "length"),
     [

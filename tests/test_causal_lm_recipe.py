@@ -127,6 +127,7 @@ def test_the_job_learns_writes_and_generates(tmp_path):
     assert written[:5] == "\nabcd" and len(written) > 5
 
 
+@pytest.mark.slow_on_jax
 def test_byte_pairs_are_learned_from_the_training_documents(tmp_path):
     text = write_text(tmp_path / "t.txt")
     options = [f"--set={override}" for override in [*OVERRIDES, "data.vocabulary_size=280"]]

@@ -7,6 +7,7 @@ import keras_hub
 import numpy as np
 import pytest
 from gradients import call
+from marks import slow_on_jax
 from test_sequence_classifier import TEXTS, make_backbone, make_task
 from tolerances import assert_exact, to_numpy
 
@@ -19,7 +20,9 @@ from keras_performer.models import (
 )
 
 
-@pytest.mark.parametrize("backbone_class", [PerformerEncoderBackbone, PerformerDecoderBackbone])
+@pytest.mark.parametrize(
+    "backbone_class", [PerformerEncoderBackbone, *slow_on_jax(PerformerDecoderBackbone)]
+)
 def test_saved_tasks_and_presets_come_back(backbone_class, tmp_path):
     options = {"problem": "multi_label", "pooling": "last", "activation": "sigmoid",
                "dropout": 0.25, "hidden_dim": 5}  # fmt: skip

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 from gradients import call
+from marks import slow_on_jax
 from test_encoder_block import NON_DEFAULT, inputs
 from tolerances import assert_close, to_numpy
 
@@ -15,6 +16,8 @@ KINDS = {
     "softmax": {"attention": "softmax"},
     "sliding_window": {"attention": "sliding_window", "sliding_window": 4},
 }
+# What the tests of the op and the layer hold too is left out on JAX.
+FEWER_ON_JAX = ["exact_window", "sliding_window", *slow_on_jax("performer", "softmax")]
 
 
 def make_block(block_class=PerformerDecoderBlock, **options):
@@ -30,7 +33,7 @@ def make_block(block_class=PerformerDecoderBlock, **options):
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FEWER_ON_JAX)
 @pytest.mark.parametrize("place", [0, 3, 6])
 def test_the_future_does_not_matter(kind, place):
     block = make_block(**KINDS[kind])
@@ -52,7 +55,7 @@ def test_a_token_sees_those_before(kind):
     assert np.abs(to_numpy(call(block, x)) - before)[:, 3:5].max() > 1e-3
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FEWER_ON_JAX)
 @pytest.mark.parametrize("crosses", [False, True])
 def test_token_by_token_equals_one_call(kind, crosses):
     block = make_block(cross_attention=crosses, **KINDS[kind])
