@@ -107,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure, print tables, write the file, and return what metrics.json holds."""
     parser = argparse.ArgumentParser(description="Accuracy of converted models on antibodies.")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--windows", nargs="+", type=int, help="exact windows; default: 16 4")
     parser.add_argument("--quick", action="store_true", help="one window, few sequences and steps")
     parser.add_argument("--out", type=Path, default=Path("runs") / "conversion")
     arguments = parser.parse_args(argv)
@@ -117,7 +118,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     results: dict[str, Any] = {"backend": keras.config.backend(), "models": {}}
     for name in arguments.models:
         source = MODELS[name]
-        plan = quick(source.plan) if arguments.quick else source.plan
+        plan = source.plan
+        if arguments.windows:
+            plan = dataclasses.replace(plan, windows=tuple(arguments.windows))
+        if arguments.quick:
+            plan = quick(plan)
         rows: list[dict[str, Any]] = []
         results["models"][name] = {"plan": dataclasses.asdict(plan), "rows": rows}
         try:
