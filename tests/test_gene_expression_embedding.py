@@ -93,6 +93,7 @@ def test_a_cell_is_a_set_and_padding_takes_no_part():
     assert np.abs(to_numpy(call(model, {"genes": GENES, "values": other})) - base).max() > 1e-4
 
 
+@pytest.mark.slow_on_jax
 def test_trains_under_encoder_blocks_and_comes_back(tmp_path):
     model = make_cell_model()
     model.compile(keras.optimizers.SGD(0.01), "mse", jit_compile=False)

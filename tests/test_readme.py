@@ -26,3 +26,5 @@ def test_a_tutorial_runs(title, tmp_path, monkeypatch, eager, capsys):
     if title == "Secondary structure":
         protein, states = capsys.readouterr().out.splitlines()[-2:]
         assert len(protein) == len(states) and set(states) <= set("HGIEBTSC")
+    if title == "A converted model":
+        assert "CAASGFTFSS" in capsys.readouterr().out  # as in nearly every antibody of this family
