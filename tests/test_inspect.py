@@ -181,6 +181,7 @@ def test_a_token_classifier_is_drawn(tmp_path):
     np.testing.assert_allclose(found.probabilities, expected, rtol=1e-4)
 
 
+@pytest.mark.slow_on_jax
 def test_a_causal_language_model_is_drawn(tmp_path):
     save_language_model(tmp_path / "preset")
     (tmp_path / "t.txt").write_text("In the beginning", encoding="utf-8")

@@ -300,6 +300,7 @@ def test_masked_lm_takes_datasets_of_tensorflow():
     )
 
 
+@pytest.mark.slow_on_jax
 def test_saved_task_loads_bit_equal_with_its_optimizer(tmp_path):
     task = make_task()
     x = masked_inputs()

@@ -9,6 +9,7 @@ import oracles
 import pytest
 from gradients import attend, gradients
 from keras import ops
+from marks import slow_on_jax
 from tolerances import assert_close, assert_exact, assert_gradients_close, to_numpy
 
 from keras_performer import feature_maps
@@ -716,7 +717,7 @@ def test_exact_scores_do_not_stand_beside_other_kernels(make):
 # The layer that keeps the statistics.
 
 
-@pytest.mark.parametrize("stack", ["plain", "remat", "reversible"])
+@pytest.mark.parametrize("stack", ["plain", *slow_on_jax("remat", "reversible")])
 def test_training_steps_move_the_statistics_once_each(stack):
     """Guards against statistics that recomputation in the backward pass moves a second time."""
     keras.utils.set_random_seed(1)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from gradients import call
 from keras import ops
+from marks import slow_on_jax
 from test_encoder_block import inputs
 from tolerances import assert_close, assert_gradients_close, to_numpy
 
@@ -72,8 +73,8 @@ def trained(layer, x, encoded, mask, steps=1):
     return [to_numpy(w) for w in model.trainable_weights]
 
 
-@pytest.mark.parametrize("kind", ["encoder", "decoder", "crossing"])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("kind", [*slow_on_jax("encoder", "decoder"), "crossing"])
+@pytest.mark.parametrize("dropout", [*slow_on_jax(0.0), 0.3])
 def test_gradients_equal_those_of_the_plain_function(kind, dropout):
     x, encoded = inputs(), inputs(length=5, width=6, seed=4) if kind == "crossing" else None
     mask = np.arange(7) < np.array([[4], [7]])
@@ -91,7 +92,7 @@ def test_gradients_equal_those_of_the_plain_function(kind, dropout):
     assert all(np.abs(change).max() > 1e-6 for change in changes[0])
 
 
-@pytest.mark.parametrize("kind", ["decoder", "crossing"])
+@pytest.mark.parametrize("kind", [*slow_on_jax("decoder"), "crossing"])
 def test_a_stream_equals_one_call(kind):
     stack = ReversibleStack(make_blocks(kind))
     x, encoded = inputs(length=9), inputs(length=5, width=6, seed=4)
