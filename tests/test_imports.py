@@ -253,6 +253,41 @@ def test_a_folder_without_weights(tmp_path):
         from_hugging_face(tmp_path)
 
 
+def sharded_folder(tmp_path, **changes):
+    golden = Golden("bert")
+    whole = write_folder(tmp_path, golden) / "model.safetensors"
+    whole.unlink()
+    names = list(golden.weights)
+    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, part in parts.items():
+        write_safetensors(tmp_path / file, {name: golden.weights[name] for name in part})
+    files = {name: file for file, part in parts.items() for name in part}
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {**files, **changes}}))
+    return golden, names
+
+
+def test_a_checkpoint_in_several_files_is_read(tmp_path):
+    golden, _ = sharded_folder(tmp_path)
+    logits = logits_of(from_hugging_face(tmp_path), golden.token_ids)
+    assert np.abs(logits - golden.logits).max() < PARITY
+
+
+def test_files_that_are_not_what_their_index_says_are_refused(tmp_path):
+    _, names = sharded_folder(tmp_path, more="a.safetensors")
+    with pytest.raises(ValueError, match="differ from it in more"):
+        from_hugging_face(tmp_path)
+    sharded_folder(tmp_path, **{names[0]: "../a.safetensors"})
+    with pytest.raises(ValueError, match="beside the index"):
+        from_hugging_face(tmp_path)
+    sharded_folder(tmp_path, **{names[0]: "c.safetensors"})
+    with pytest.raises(FileNotFoundError, match=r"c\.safetensors"):
+        from_hugging_face(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(ValueError, match="weight_map"):
+        from_hugging_face(tmp_path)
+
+
 @pytest.mark.parametrize("content", [b"", b"\x10\0\0\0\0\0\0\0not JSON", b"\xff" * 100])
 def test_damaged_safetensors_are_refused(content, tmp_path):
     write_folder(tmp_path, Golden("bert"))

@@ -92,3 +92,28 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
     if path.suffix == ".safetensors":
         return read_safetensors(content, str(path))
     return as_arrays(read_torch(content, str(path)), str(path))
+
+
+def read_sharded_tensors(index: Path) -> dict[str, np.ndarray]:
+    """Read the files that an index (`*.index.json`) names, which lie beside it.
+
+    **Raises** OSError if one of them is missing; ValueError for an index that is none, that names a
+    file elsewhere, or that does not name the tensors that the files hold.
+    """
+    try:
+        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted(set(files.values()))
+        inside = all(Path(shard).name == shard for shard in shards)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"Expected an index with a `weight_map`. Received: {index}") from error
+    if not inside:
+        raise ValueError(f"Expected files beside the index. Received: {shards} in {index}")
+    tensors: dict[str, np.ndarray] = {}
+    for shard in shards:
+        tensors |= read_tensors(index.parent / shard)
+    if differ := sorted(set(files) ^ set(tensors)):
+        raise ValueError(
+            f"Expected the tensors that {index} names. Received: files that differ from it in "
+            f"{', '.join(differ)}"
+        )
+    return tensors

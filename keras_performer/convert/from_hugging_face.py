@@ -10,12 +10,17 @@ from typing import Any
 import keras_hub
 import numpy as np
 
-from keras_performer.convert._tensor_files import read_tensors
+from keras_performer.convert._tensor_files import read_sharded_tensors, read_tensors
 from keras_performer.convert._weight_transfer import WeightTransfer
 from keras_performer.convert.exact_bert_backbone import ExactBertBackbone
 from keras_performer.convert.exact_bert_masked_lm import ExactBertMaskedLM
 
 _FILES = ("model.safetensors", "pytorch_model.bin")
+# A large checkpoint is in several files, which an index names.
+_READERS = {
+    **{name: read_tensors for name in _FILES},
+    **{f"{name}.index.json": read_sharded_tensors for name in _FILES},
+}
 _NEEDED = (
     "vocab_size",
     "num_hidden_layers",
@@ -32,10 +37,11 @@ def from_hugging_face(folder: str | os.PathLike[str]) -> Any:
     """Import a BERT, RoBERTa or ESM checkpoint from a local folder.
 
     The folder holds `config.json` and `model.safetensors` or `pytorch_model.bin` (for which PyTorch
-    must be installed). With a masked-LM head the result is a masked-LM task that `performerize`
-    takes; its inputs are `token_ids` (B, T), `padding_mask` (B, T), but for ESM, and
-    `mask_positions` (B, P), its outputs logits (B, P, vocabulary). Without a head it is the
-    backbone. In inference outputs are those of the source, to rounding.
+    must be installed), or the index of several such files and the files. With a masked-LM head the
+    result is a masked-LM task that `performerize` takes; its inputs are `token_ids` (B, T),
+    `padding_mask` (B, T), but for ESM, and `mask_positions` (B, P), its outputs logits (B, P,
+    vocabulary). Without a head it is the backbone. In inference outputs are those of the source, to
+    rounding.
 
     | model_type | task and backbone |
     |---|---|
@@ -72,10 +78,13 @@ def from_hugging_face(folder: str | os.PathLike[str]) -> Any:
     """
     folder = Path(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    paths = [folder / name for name in _FILES if (folder / name).is_file()]
-    if not paths:
-        raise FileNotFoundError(f"Expected one of {', '.join(_FILES)} in {folder}. Received: none")
-    return import_model(read_tensors(paths[0]), config, str(paths[0]), _tokenizer(folder, config))
+    name = next((name for name in _READERS if (folder / name).is_file()), None)
+    if name is None:
+        raise FileNotFoundError(
+            f"Expected one of {', '.join(_READERS)} in {folder}. Received: none"
+        )
+    tensors = _READERS[name](folder / name)
+    return import_model(tensors, config, str(folder / name), _tokenizer(folder, config))
 
 
 def import_model(
