@@ -31,7 +31,7 @@ def eager(monkeypatch):
 
 
 def pytest_collection_modifyitems(items):
-    """Mark `slow_on_jax` as slow where JAX runs: it compiles every new shape."""
+    """Mark `slow_on_jax` and `slow_on_tensorflow` as slow where these run."""
     for item in items:
-        if keras.config.backend() == "jax" and item.get_closest_marker("slow_on_jax"):
+        if item.get_closest_marker(f"slow_on_{keras.config.backend()}"):
             item.add_marker(pytest.mark.slow)

@@ -5,7 +5,6 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-from marks import slow_on_jax
 from tolerances import assert_close
 
 pytest.importorskip("rich")
@@ -104,7 +103,8 @@ def test_maps_are_the_weights_that_the_layer_applies_and_those_of_softmax(backbo
         assert_close(blocks, means)
 
 
-@pytest.mark.parametrize("groups", [*slow_on_jax(3), 0])
+@pytest.mark.slow_on_jax
+@pytest.mark.parametrize("groups", [3, 0])
 def test_every_token_is_predicted_while_it_is_masked(groups):
     model = PerformerMaskedLM.from_preset("performer_tiny")
     row = ROW[:13]

@@ -287,6 +287,7 @@ def token_inputs():
     return inputs
 
 
+@pytest.mark.slow_on_tensorflow
 @pytest.mark.slow_on_jax
 def test_other_backends_read_presets_with_equal_outputs(tmp_path):
     others = [

@@ -216,6 +216,7 @@ def test_lora_trains_the_head_and_the_adapters_only():
     assert any("lora" in path for path in moved) and any("logits/" in path for path in moved)
 
 
+@pytest.mark.slow_on_tensorflow
 def test_int8_outputs_are_close():
     task = make_task(hidden_dim=7)
     x = token_inputs()

@@ -112,6 +112,8 @@ def test_saved_tasks_and_presets_come_back(backbone_class, tmp_path):
         assert_exact(call(again, x), expected)
 
 
+@pytest.mark.slow_on_tensorflow
+@pytest.mark.slow_on_jax
 def test_mixed_precision_int8_and_lora():
     task = make_task(dtype="mixed_bfloat16")
     plain = make_task()

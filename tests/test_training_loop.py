@@ -117,6 +117,8 @@ def test_a_run_keeps_its_figures_and_says_what_it_spent(tmp_path):
     assert (tmp_path / "backup" / "latest.weights.h5").is_file()
 
 
+@pytest.mark.slow_on_tensorflow
+@pytest.mark.slow_on_jax
 def test_patience_ends_the_training_and_keeps_the_best_weights(tmp_path):
     # Validation targets that the training leaves behind: its loss has a minimum early on.
     rng = np.random.default_rng(0)
