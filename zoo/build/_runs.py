@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from training.config import load_config
-from zoo.build._record import Point
+from zoo.build._record import Metric, Point
 
 CONFIGS = Path("training") / "configs"
 HARDWARE = "2 x86 cores of a virtual machine that other work shared"
@@ -54,6 +55,33 @@ def facts(metrics: dict[str, Any], mean_tokens: float) -> dict[str, Any]:
             for i, row in enumerate(metrics["training"]["history"])
         ],
     }
+
+
+def figures(
+    rows: Iterable[tuple[str, Any, str, int]],
+    baseline: str,
+    model: dict[str, Any],
+    twin: dict[str, Any] | None,
+) -> list[Metric]:
+    """Return figures of the test split.
+
+    **Args**
+        rows: Of each its name, "lower" or "higher", its key in the figures of a run, and a factor.
+        baseline: The key of the run's figures without a model.
+        model: The figures of the run.
+        twin: Those of the softmax twin's run; None: there is none.
+    """
+    ours, theirs = model["test"], twin and twin["test"]
+    return [
+        Metric(
+            name,
+            better,
+            scale * ours["model"][key],
+            scale * theirs["model"][key] if theirs else None,
+            scale * ours[baseline][key],
+        )
+        for name, better, key, scale in rows
+    ]
 
 
 def unfinished(model: dict[str, Any], name: str) -> str:

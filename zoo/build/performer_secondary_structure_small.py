@@ -15,8 +15,8 @@ from training import residue_labels
 from training.data.secondary_structure import load_secondary_structure
 from zoo.build import tables
 from zoo.build._preset import publish
-from zoo.build._record import Data, Metric, Record
-from zoo.build._runs import facts, run, unfinished
+from zoo.build._record import Data, Record
+from zoo.build._runs import facts, figures, run, unfinished
 
 NAME = "performer_secondary_structure_small"
 CONFIG = "secondary_structure.toml"
@@ -58,7 +58,7 @@ def make_record(model: dict[str, Any], twin: dict[str, Any] | None, phrase: str)
             counts={f"{split} chains": len(examples) for split, examples in splits.items()},
         ),
         evaluation=evaluation(model),
-        metrics=[figure(model, twin, *row) for row in ROWS],
+        metrics=figures(ROWS, "majority", model, twin),
         softmax_twin=phrase,
         baseline="always the most frequent state; for cross-entropy the frequencies of the states "
         "in the training chains.",
@@ -80,20 +80,6 @@ ROWS = (
     ("Q8 in %", "higher", "q8", 100),
     ("cross-entropy in nats", "lower", "cross_entropy", 1),
 )
-
-
-def figure(
-    model: dict[str, Any], twin: dict[str, Any] | None, name: str, better: Any, key: str, scale: int
-) -> Metric:
-    """Return one figure of the test split."""
-    ours, theirs = model["test"], twin and twin["test"]
-    return Metric(
-        name,
-        better,
-        scale * ours["model"][key],
-        scale * theirs["model"][key] if theirs else None,
-        scale * ours["majority"][key],
-    )
 
 
 def evaluation(model: dict[str, Any]) -> str:

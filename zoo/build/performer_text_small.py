@@ -15,8 +15,8 @@ from training import causal_lm
 from training.data.text import load_text
 from zoo.build import tables
 from zoo.build._preset import publish
-from zoo.build._record import Data, Metric, Record
-from zoo.build._runs import facts, run, unfinished
+from zoo.build._record import Data, Record
+from zoo.build._runs import facts, figures, run, unfinished
 
 NAME = "performer_text_small"
 CONFIG = "text_causal_lm.toml"
@@ -71,7 +71,7 @@ def make_record(model: dict[str, Any], twin: dict[str, Any] | None, phrase: str)
             | {"characters to train on": sum(len(e.text) for e in splits["train"])},
         ),
         evaluation=evaluation(model),
-        metrics=[figure(model, twin, *row) for row in ROWS],
+        metrics=figures(ROWS, "unigram", model, twin),
         softmax_twin=phrase,
         baseline="the frequencies of the tokens in the training documents.",
         limits=[
@@ -92,20 +92,6 @@ ROWS = (
     ("perplexity of a token", "lower", "perplexity", 1),
     ("next token right in %", "higher", "accuracy", 100),
 )
-
-
-def figure(
-    model: dict[str, Any], twin: dict[str, Any] | None, name: str, better: Any, key: str, scale: int
-) -> Metric:
-    """Return one figure of the test split."""
-    ours, theirs = model["test"], twin and twin["test"]
-    return Metric(
-        name,
-        better,
-        scale * ours["model"][key],
-        scale * theirs["model"][key] if theirs else None,
-        scale * ours["unigram"][key],
-    )
 
 
 def evaluation(model: dict[str, Any]) -> str:
