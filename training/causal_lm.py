@@ -304,7 +304,7 @@ def train(
     import keras
 
     from training.data.batches import Batches
-    from training.loop import fit
+    from training.loop import fit, objective_of_tokens
 
     training = config.training
     packed = model.backbone.packed()
@@ -324,11 +324,7 @@ def train(
         batches,
         windows["validation"].read(spread),
         training,
-        # The mean over predicted tokens; the default would count the places between sequences too.
-        loss=keras.losses.SparseCategoricalCrossentropy(
-            from_logits=True, reduction="mean_with_sample_weight"
-        ),
-        weighted_metrics=[keras.metrics.SparseCategoricalAccuracy(name="accuracy")],
+        **objective_of_tokens(),
         seed=config.seed,
         output=output,
         console=console,

@@ -23,6 +23,19 @@ from training.results import peak_bytes
 from training.sections import TrainingConfig
 
 
+def objective_of_tokens() -> dict[str, Any]:
+    """Return the loss and the metrics, for `fit`, of logits for tokens of which some count.
+
+    Both are means over the tokens with a weight. Keras's default would count the others too.
+    """
+    return {
+        "loss": keras.losses.SparseCategoricalCrossentropy(
+            from_logits=True, reduction="mean_with_sample_weight"
+        ),
+        "weighted_metrics": [keras.metrics.SparseCategoricalAccuracy(name="accuracy")],
+    }
+
+
 def fit(
     trainer: keras.Model,
     batches: Batches,

@@ -77,7 +77,7 @@ def train(
 
     from training.data.batches import Batches
     from training.data.masked_batches import mask_sequences
-    from training.loop import fit
+    from training.loop import fit, objective_of_tokens
 
     training, data = config.training, config.data
 
@@ -99,11 +99,7 @@ def train(
         batches,
         validation_batch,
         training,
-        # The mean over masked tokens; the default would count the unused places too.
-        loss=keras.losses.SparseCategoricalCrossentropy(
-            from_logits=True, reduction="mean_with_sample_weight"
-        ),
-        weighted_metrics=[keras.metrics.SparseCategoricalAccuracy(name="accuracy")],
+        **objective_of_tokens(),
         seed=config.seed,
         output=output,
         console=console,

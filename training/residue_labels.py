@@ -332,7 +332,7 @@ def train(
     import keras
 
     from training.data.batches import Batches
-    from training.loop import fit
+    from training.loop import fit, objective_of_tokens
 
     training, data, room = config.training, config.data, room_of(config)
     chains, tokenizer = parts["train"], tokenizer_of(model)
@@ -360,11 +360,7 @@ def train(
         batches,
         make_batch(parts["validation"], [windows[i] for i in spread], tokenizer, config),
         training,
-        # The mean over residues; the default would count padding too.
-        loss=keras.losses.SparseCategoricalCrossentropy(
-            from_logits=True, reduction="mean_with_sample_weight"
-        ),
-        weighted_metrics=[keras.metrics.SparseCategoricalAccuracy(name="accuracy")],
+        **objective_of_tokens(),
         seed=config.seed,
         output=output,
         console=console,
