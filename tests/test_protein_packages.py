@@ -4,7 +4,7 @@ import struct
 
 import pytest
 
-from training.data import protein_packages
+from training.data import protein_packages, protein_sources
 from training.data.blast_database import read_blast_database
 from training.data.fasta import Protein
 from training.data.registry import cache_folder
@@ -135,3 +135,13 @@ def test_the_examples_are_taken_from_their_package(cache, monkeypatch):
     monkeypatch.setattr(protein_packages, "fetch_debian_package", lambda *a: None)
     for _ in range(2):
         assert protein_packages.load_mmseqs2_examples() == [Protein("P1", "first", "MKTAYI")]
+
+
+def test_pretraining_leaves_out_what_localisation_is_scored_on(monkeypatch):
+    """By accession, whatever its sequence, and by sequence, whatever its accession."""
+    proteins = [Protein(name, "", sequence) for name, sequence in zip("ABC", "KLM", strict=True)]
+    heldout = [Protein("A", "", "W"), Protein("Z", "", "L")]
+    monkeypatch.setattr(protein_sources, "load_metastudent", lambda: proteins)
+    monkeypatch.setattr(protein_sources, "localisation_heldout", lambda: heldout)
+    assert protein_sources.metastudent_for_pretraining() == proteins[2:]
+    assert protein_sources.PACKAGES["metastudent"] is protein_sources.metastudent_for_pretraining

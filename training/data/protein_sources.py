@@ -5,13 +5,37 @@ from collections.abc import Callable
 from pathlib import Path
 
 from training.data.fasta import Protein, read_fasta
+from training.data.localisation import localisation_heldout
 from training.data.protein_packages import load_metastudent, load_mmseqs2_examples
 from training.data.protein_sample import load_protein_sample
+
+
+def metastudent_for_pretraining() -> list[Protein]:
+    """Read `load_metastudent`, less what the localisation of proteins is validated and tested on.
+
+    Left out are the proteins with an accession or a sequence of those.
+
+    **Raises** As `load_metastudent` and `load_localisation`.
+
+    **Example**
+
+    >>> len(metastudent_for_pretraining()) > 100_000  # doctest: +SKIP
+    True
+    """
+    heldout = localisation_heldout()
+    names = {protein.name for protein in heldout}
+    sequences = {protein.sequence for protein in heldout}
+    return [
+        protein
+        for protein in load_metastudent()
+        if protein.name not in names and protein.sequence not in sequences
+    ]
+
 
 # What a source may be beside "sample", which has a held-out part of its own.
 PACKAGES: dict[str, Callable[[], list[Protein]]] = {
     "mmseqs2_examples": load_mmseqs2_examples,
-    "metastudent": load_metastudent,
+    "metastudent": metastudent_for_pretraining,
 }
 SOURCES = ("sample", *PACKAGES)
 
