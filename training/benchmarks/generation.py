@@ -38,8 +38,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for kind in KINDS:
         model = make_model(kind, arguments.hidden_dim, arguments.num_layers)
         results[kind] = {}
-        for position in (early, late):
-            seconds, size = measure(model, position, arguments.steps)
+        found = measure(model, (early, late), arguments.steps)
+        for position, (seconds, size) in zip((early, late), found, strict=True):
             results[kind][position] = {"seconds": seconds, "state_bytes": size}
             table.add_row(kind, f"{position:,}", f"{1e3 * seconds:.2f}", f"{size / 2**20:.2f}")
         ratios = [
@@ -66,28 +66,45 @@ def make_model(kind: str, hidden_dim: int, num_layers: int) -> PerformerCausalLM
     return PerformerCausalLM(backbone)
 
 
-def measure(model: PerformerCausalLM, position: int, steps: int) -> tuple[float, int]:
-    """Return the median seconds of one token after `position` tokens, and the bytes carried."""
+def measure(
+    model: PerformerCausalLM, positions: Sequence[int], steps: int
+) -> list[tuple[float, int]]:
+    """Return for each position the median seconds of one token after it, and the bytes carried.
+
+    Positions take turns, so that whatever else the machine does meets all of them alike.
+    """
     run = compiled(model)
-    state = model.initial_state(1, position)
     rng = np.random.default_rng(0)
+
+    def tokens(count: int) -> np.ndarray:
+        return rng.integers(5, 261, (1, count)).astype("int32")
+
+    states = [model.initial_state(1, position) for position in positions]
     if model.backbone.attention == "performer":
-        for start in range(0, position, CHUNK):
-            chunk = rng.integers(5, 261, (1, min(CHUNK, position - start))).astype("int32")
-            _, state = run(chunk, state)
+        for i, position in enumerate(positions):
+            for start in range(0, position, CHUNK):
+                _, states[i] = run(tokens(min(CHUNK, position - start)), states[i])
     # Softmax attention costs the same whatever its keys and values are.
-    times = []
+    times: list[list[float]] = [[] for _ in positions]
     for _ in range(steps + 2):  # The first two compile.
-        token = rng.integers(5, 261, (1, 1)).astype("int32")
-        begun = time.perf_counter()
-        logits, state = run(token, state)
-        keras.ops.convert_to_numpy(logits)
-        times.append(time.perf_counter() - begun)
-    size = sum(
+        for i in range(len(positions)):
+            token = tokens(1)
+            begun = time.perf_counter()
+            logits, states[i] = run(token, states[i])
+            keras.ops.convert_to_numpy(logits)
+            times[i].append(time.perf_counter() - begun)
+    return [
+        (float(np.median(seconds[2:])), state_bytes(state))
+        for seconds, state in zip(times, states, strict=True)
+    ]
+
+
+def state_bytes(state: Any) -> int:
+    """Return the bytes of all tensors of a state."""
+    return sum(
         int(np.prod(tensor.shape)) * keras.ops.convert_to_numpy(tensor).itemsize
         for tensor in keras.tree.flatten(state)
     )
-    return float(np.median(times[2:])), size
 
 
 def compiled(model: PerformerCausalLM) -> Any:
