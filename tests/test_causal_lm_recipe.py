@@ -11,6 +11,7 @@ from training import causal_lm
 from training.causal_lm import Config, Corpus, compare, main, unigram_log_probabilities
 from training.config import load_config
 from training.data.byte_pairs import learn_byte_pairs
+from training.data.examples import SPLITS, Example
 from training.data.packed_windows import PackedWindows
 
 CONFIG = Path(__file__).parent.parent / "training" / "configs" / "text_causal_lm.toml"
@@ -160,6 +161,16 @@ class FixedModel:
 
     def predict_on_batch(self, x):
         return np.broadcast_to(self.logits, (*x["token_ids"].shape, len(self.logits)))
+
+
+@pytest.mark.parametrize("source", ["text", "copyleft_text"])
+def test_each_set_of_texts_is_read_as_text(source, monkeypatch):
+    splits = {name: [Example(name, f"{source} {name}" * 99)] for name in SPLITS}
+    monkeypatch.setitem(causal_lm.TEXTS, source, lambda: splits)
+    config = load_config(Config, CONFIG, [*OVERRIDES, f"data.source={source}"])
+    corpus = causal_lm.read_corpus(config, None, None)
+    assert (corpus.kind, corpus.source) == ("text", source)
+    assert corpus.test == [f"{source} test" * 99]
 
 
 def test_figures_agree_with_a_calculation_by_hand():

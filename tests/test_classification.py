@@ -5,6 +5,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+from killing import assert_same_curves, killed_and_whole, needs_kill
 
 from keras_performer.models import (
     ByteTokenizer,
@@ -17,6 +18,7 @@ from keras_performer.models import (
 from training import classification
 from training.classification import Config, Corpus, Part, compare, crop, input_maker, main
 from training.config import load_config
+from training.data import digits
 from training.data.list_ops import VOCABULARY, decode, encode, generate_list_ops
 
 BACKEND = keras.config.backend()
@@ -102,6 +104,31 @@ def test_a_letter_that_decides_is_learned(proteins, tmp_path):
     assert [classes[i] for i in logits.argmax(-1)] == ["with", "without"]
 
 
+# What has to come back, beside weights: the place in the data, dropout, gradients and features.
+RESUMED = {
+    "data.length_multiple": 16,
+    "data.bucket_batches": 3,
+    "model.dropout": 0.2,
+    "model.exact_window": 4,
+    "head.dropout": 0.2,
+    "training.steps": 12,
+    "training.steps_per_epoch": 4,
+    "training.accumulate": 2,
+    "training.redraw_features_every": 3,
+}
+
+
+@needs_kill
+@pytest.mark.slow_on_jax
+@pytest.mark.slow_on_tensorflow
+def test_a_process_that_is_killed_in_an_epoch_goes_on(proteins, tmp_path):
+    options = [f"--config={PROTEINS}", f"--file={proteins}", *overrides(**RESUMED)]
+    killed, whole = killed_and_whole("classification", options, tmp_path)
+    assert_same_curves(killed, whole)
+    figures = (metrics["test"]["model"]["cross_entropy"] for metrics in (killed, whole))
+    assert next(figures) == pytest.approx(next(figures), abs=1e-5)
+
+
 def masked_lm(folder, tokenizer=None, **changes):
     tokenizer = tokenizer or ProteinTokenizer()
     shape = {"num_layers": 1, "num_heads": 2, "hidden_dim": 24, "intermediate_dim": 20, **changes}
@@ -138,6 +165,38 @@ def write_documents(path):
         rows.append(" ".join([word] * int(rng.integers(4, 40))) + f" {i},{i % 2}")
     path.write_text("\n".join(rows), encoding="utf-8")
     return path
+
+
+def test_images_run_pixel_by_pixel(tmp_path, eager):
+    rng = np.random.default_rng(5)
+    rows = []
+    for i in range(120):
+        pixels = rng.integers(0, 60, 20) + 190 * (i % 2)
+        rows.append({"sequence": " ".join(map(str, pixels)), "place": ("dark", "bright")[i % 2]})
+    file = tmp_path / "d.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    metrics = main(
+        [f"--config={CONFIGS / 'digits.toml'}", f"--file={file}", f"--output={tmp_path / 'run'}",
+         *overrides(**{"training.learning_rate": 3e-2})]
+    )  # fmt: skip
+    assert metrics["test"]["model"]["accuracy"] > 0.9
+    assert metrics["reload_max_abs_difference"] <= 1e-5
+    model = PerformerSequenceClassifier.from_preset(str(tmp_path / "run" / "preset"))
+    assert model.preprocessor is None and model.backbone.vocabulary_size == 256 + 4
+
+
+@pytest.mark.parametrize(
+    "source, reader",
+    [
+        ("brown", "load_brown"),
+        ("linux_doc", "load_linux_doc"),
+        ("localisation_folds", "load_localisation"),
+    ],
+)
+def test_the_fold_of_the_config_is_read(source, reader, monkeypatch):
+    monkeypatch.setattr(classification, reader, lambda fold: fold)
+    data = load(PROTEINS, **{"data.source": source, "data.fold": 3}).data
+    assert classification.read_splits(data, None) == 3
 
 
 @pytest.mark.slow_on_jax
@@ -187,7 +246,8 @@ def test_shipped_configs_can_be_read_and_say_how_to_run_them():
         text = path.read_text(encoding="utf-8")
         if f"-m training.classification --config training/configs/{path.name}" in text:
             sources.append(load_config(Config, path).data.source)
-    assert sorted(sources) == sorted(classification.KINDS)
+    # The folds of a set that has splits of its own are run with the config of these.
+    assert sorted([*sources, "localisation_folds"]) == sorted(classification.KINDS)
 
 
 def test_long_texts_are_cropped_by_kind():
@@ -195,7 +255,8 @@ def test_long_texts_are_cropped_by_kind():
     rng = np.random.default_rng(0)
     assert crop(row, 20, "proteins", rng) is row
     assert crop(row, 7, "proteins", rng).tolist() == [0, 1, 2, 3, 17, 18, 19]
-    assert crop(row, 7, "list_ops", rng).tolist() == list(range(7))
+    for kind in ("list_ops", "pixels"):
+        assert crop(row, 7, kind, rng).tolist() == list(range(7))
     assert crop(row, 7, "documents", None).tolist() == list(range(7))
     windows = [crop(row, 7, "documents", rng) for _ in range(200)]
     assert all((np.diff(window) == 1).all() and len(window) == 7 for window in windows)
@@ -221,6 +282,10 @@ def test_inputs_have_start_and_end_and_end_with_the_longest():
     first, second = make_inputs(np.array([0, 1]), None)["token_ids"]
     assert decode(first) == "<cls> [MAX 4 3 ] <eos>"
     assert decode(second) == "<cls> [MIN " + "7 " * 9 + "<eos>"
+
+    part = Part([digits.encode("0 51 255")], np.zeros(1, "int32"))
+    make_inputs = input_maker(config, Corpus("pixels", "", [], {}, ""), part)
+    assert make_inputs(np.array([0]), None)["token_ids"].tolist() == [[1, 4, 55, 259, 2, 0, 0, 0]]
 
 
 class FixedModel:
@@ -268,8 +333,10 @@ GOOD = [{"sequence": "MKV" + "A" * i, "place": "xy"[i % 2]} for i in range(60)]
         ([*GOOD, {"sequence": "MKVWWWWWW", "place": "rare"}], [], "has the label 'rare', which"),
         (GOOD[:2], [], "documents are too few"),
         (GOOD, ["--set=training.batch_size=99"], "examples are left to train on, fewer than one"),
-        (GOOD, ["--set=data.source=mnist"], r"'data\.source' must be one of localisation, enz"),
+        (GOOD, ["--set=data.source=mnist"], r"'data\.source' must be one of localisation, loc"),
         (GOOD, ["--set=data.source=list_ops"], r"Words of ListOps are"),
+        (GOOD, ["--set=data.source=digits"], r"Intensities are whole numbers from 0 to 255"),
+        (GOOD, ["--set=data.source=brown", "--set=data.fold=5"], r"'data\.fold' must be from 0 t"),
         (GOOD, ["--set=data.sequence_length=2"], r"'data\.sequence_length' must be at least 8"),
         (GOOD, ["--set=head.pooling=last"], r"'head\.pooling' must be mean or first"),
         (GOOD, ["--set=head.poolin=mean"], r"no key 'head\.poolin'.*'head\.pooling'"),

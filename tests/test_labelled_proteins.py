@@ -4,11 +4,12 @@ import json
 import os
 import struct
 import tarfile
+import zipfile
 
 import pytest
 from test_protein_packages import stand_in, write_blast_database
 
-from training.data import enzyme_class, localisation, secondary_structure
+from training.data import enzyme_class, localisation, peptides, secondary_structure
 from training.data.clusters import cluster_proteins, read_clusters
 from training.data.examples import SPLITS, Example, split_of
 from training.data.fasta import Protein
@@ -30,21 +31,26 @@ def cache(tmp_path, monkeypatch):
     return cache_folder()
 
 
-def test_localisation_keeps_the_given_splits_and_drops_leaks(cache, tmp_path, monkeypatch):
-    sequences = ["MAAA", "MCCC", "MDDD", "MAAA", "MEEE", "MDDD"]
+def write_localisation(path, sequences, places):
     rows = "".join(f"P{i},{sequence},{i % 2}\n" for i, sequence in enumerate(sequences))
     names = {"0": "Cytoplasm", "1": "Cytoplasm;Nucleus"}
     files = {
         "scl2205.csv": f"entry,seq,scl\n{rows}",
-        "splits.json": json.dumps({"trn": [5, 1, 4, 3], "vld": [0], "tst": [2], "cv": {}}),
+        "splits.json": json.dumps(places),
         "labels.json": json.dumps({"index_to_label": names}),
     }
-    package = tmp_path / "x.tar.gz"
-    with tarfile.open(package, "w:gz") as archive:
+    with tarfile.open(path, "w:gz") as archive:
         for name, text in files.items():
             member = tarfile.TarInfo(f"p_scldata-2026.2.0/scldata/data/{name}")
             member.size = len(text)
             archive.addfile(member, io.BytesIO(text.encode()))
+    return path
+
+
+def test_localisation_keeps_the_given_splits_and_drops_leaks(cache, tmp_path, monkeypatch):
+    sequences = ["MAAA", "MCCC", "MDDD", "MAAA", "MEEE", "MDDD"]
+    places = {"trn": [5, 1, 4, 3], "vld": [0], "tst": [2], "cv": {}}
+    package = write_localisation(tmp_path / "x.tar.gz", sequences, places)
     monkeypatch.setattr(localisation, "fetch_python_package", lambda *a, source: package)
     # P5 is in the test split too and P3 in the validation split, as sequences.
     assert localisation.load_localisation() == {
@@ -54,6 +60,64 @@ def test_localisation_keeps_the_given_splits_and_drops_leaks(cache, tmp_path, mo
     }
     heldout = localisation.localisation_heldout()
     assert heldout == [Protein("P0", "", "MAAA"), Protein("P2", "", "MDDD")]
+
+
+def test_localisation_has_the_folds_of_its_authors(cache, tmp_path, monkeypatch):
+    """Protein k is the validation of the authors' fold k, which alone trains on protein 10 + k."""
+    sequences = ["MA", "MC", "MD", "ME", "MF", "MA", "MG", "MH", "MI", "MK", *["MLLL"] * 5]
+    cv = {
+        f"f{k}": {"trn": [i for i in (6, 5, 4, 3, 2, 1, 0) if i != k] + [10 + k], "vld": [k]}
+        for k in range(5)
+    }
+    places = {"trn": [0, 1, 2, 5, 6], "vld": [3, 4], "tst": [7], "cv": cv}
+    package = write_localisation(tmp_path / "x.tar.gz", sequences, places)
+    monkeypatch.setattr(localisation, "fetch_python_package", lambda *a, source: package)
+    for fold in range(5):
+        names = {
+            split: [example.name for example in part]
+            for split, part in localisation.load_localisation(fold).items()
+        }
+        following = (fold + 1) % 5
+        assert names["test"] == [f"P{fold}"] and names["validation"] == [f"P{following}"]
+        # P5 has the sequence of P0.
+        dropped = {fold, following, 5} if 0 in (fold, following) else {fold, following}
+        kept = [i for i in (6, 5, 4, 3, 2, 1, 0) if i not in dropped]
+        assert names["train"] == [f"P{i}" for i in (*kept, 10 + fold)]
+    with pytest.raises(ValueError, match=r"from 0 to 4.*fold=-1"):
+        localisation.load_localisation(-1)
+
+
+@needs_posix
+def test_peptides_are_kept_once_and_split_by_cluster(cache, tmp_path, monkeypatch):
+    sequences = ["MK" * (i + 1) for i in range(40)]
+    lines = ["83,1,UniProt,AMP", *(f"{text}, {int(i < 20)}" for i, text in enumerate(sequences))]
+    # The first again, as another; the last again, as antimicrobial; and a copy.
+    lines += [f"{sequences[0]}, 0", f"{sequences[-1]}, 1", f"{sequences[30]}, 0"]
+    wheel = tmp_path / "x.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("modlamp/data/AMPvsUniProt.csv", "\n".join(lines) + "\n")
+        archive.writestr("modlamp/data/AMPvsTMset.csv", "1,1,TM,AMP\nMKV,0\n")
+    fetched = []
+    monkeypatch.setattr(peptides, "fetch_python_package", lambda *a: fetched.append(a) or wheel)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    with pytest.raises(OSError, match="Install the package mmseqs2"):
+        peptides.load_peptides()
+    assert fetched == []
+    # Lines 2 to 41, three in a cluster.
+    table = "".join(f"{i // 3 * 3 + 2}\\t{i + 2}\\n" for i in range(40))
+    script = f"test $1 = easy-cluster && printf '{table}' > clusters_cluster.tsv"
+    stand_in(tmp_path / "bin", "mmseqs", script)
+    for _ in range(2):
+        splits = peptides.load_peptides()
+        found = sorted(itertools.chain(*splits.values()), key=lambda e: int(e.name))
+        assert [e.text for e in found] == sequences
+        labels = ["antimicrobial"] * 20 + ["other"] * 19 + ["antimicrobial"]
+        assert [e.label for e in found] == labels
+        for split, part in splits.items():
+            for example in part:
+                first = (int(example.name) - 2) // 3 * 3 + 2
+                assert split_of(str(first)) == split
+    assert len(fetched) == 1
 
 
 def write_structure_database(chains, stored=-1):

@@ -7,11 +7,12 @@ import tarfile
 import types
 import zipfile
 import zlib
+from fnmatch import fnmatch
 
 import numpy as np
 import pytest
 
-from training.data import documents, text
+from training.data import copyleft_text, documents, text
 from training.data.examples import SPLITS, Example, split_of
 from training.data.r_data import read_r_database
 from training.data.registry import cache_folder
@@ -214,6 +215,87 @@ def test_mails_lose_headers_and_duplicates(cache, tmp_path, monkeypatch):
         splits = documents.load_spam_assassin()
         assert {e for part in splits.values() for e in part} == expected
         assert all(split_of(e.text) == split for split in SPLITS for e in splits[split])
+
+
+COPYLEFT = {
+    "dict-gcide": {
+        "usr/share/dictd/gcide.dict.dz": (
+            b"\n00-database-url\n   a\\b\n\nThe notice.\n\n1st \\1st\\ adj.\n   First.\n\n"
+            b'Ab \\Ab\\ n.\n   1. One.\n\n   Syn: x\n\nAbbot \\Ab"bot\\ n.\n   Fa\xe7ade\x92s.\n\n'
+            b"Sea \\Sea\\ n.\n   Water.\n\nAb- \\Ab-\\\n   From."
+        ),
+        "usr/share/dictd/gcide.index": b"1st",
+    },
+    "linux-doc-6.1": {
+        "usr/share/doc/x/Documentation/PCI/pci.rst.gz": "PCI \xb5s".encode(),
+        "usr/share/doc/x/Documentation/index.rst.gz": b"Index",
+        "usr/share/doc/x/Documentation/translations/it_IT/index.rst.gz": b"Indice",
+        "usr/share/doc/x/Documentation/PCI/a.txt.gz": b"no page",
+    },
+    "anarchism": {
+        "usr/share/doc/anarchism/markdown/secF1.md.gz": b"F.1",
+        "usr/share/doc/anarchism/markdown/append13int.md.gz": b"An earlier F",
+        "usr/share/doc/anarchism/markdown/append41.md.gz": b"An earlier H.5",
+        "usr/share/doc/anarchism/markdown/append4.md.gz": b"Appendix",
+        "usr/share/doc/anarchism/html/secF1.html.gz": b"<html>",
+    },
+}
+
+
+@pytest.fixture
+def copyleft(cache, monkeypatch):
+    """Stand-ins for the Debian packages, whose files are compressed."""
+
+    def read(name, *patterns):
+        for path, content in COPYLEFT[name].items():
+            if any(fnmatch(path, pattern) for pattern in patterns):
+                yield path, gzip.compress(content)
+
+    monkeypatch.setattr(copyleft_text, "fetch_debian_package", lambda name, *a: name)
+    monkeypatch.setattr(copyleft_text, "package_files", read)
+
+
+def test_copyleft_texts_are_entries_pages_and_sections(copyleft):
+    for _ in range(2):
+        splits = copyleft_text.load_copyleft_text()
+        assert all(split_of(e.name) == split for split in SPLITS for e in splits[split])
+        found = {e.name: (e.text, e.label) for part in splits.values() for e in part}
+        assert found == {
+            "st": ("1st \\1st\\ adj.\n   First.\n", "dict-gcide"),
+            "ab": (
+                "Ab \\Ab\\ n.\n   1. One.\n\n   Syn: x\n\n"
+                'Abbot \\Ab"bot\\ n.\n   Fa\xe7ade\u2019s.\n\n'
+                "Ab- \\Ab-\\\n   From.\n",
+                "dict-gcide",
+            ),
+            "se": ("Sea \\Sea\\ n.\n   Water.\n", "dict-gcide"),
+            "PCI/pci": ("PCI \xb5s", "linux-doc-6.1"),
+            "index": ("Index", "linux-doc-6.1"),
+            "secF1": ("F.1", "anarchism"),
+            "append4": ("Appendix", "anarchism"),
+        }
+
+
+def test_long_pages_of_large_subsystems_are_dealt_to_folds(monkeypatch):
+    sizes = {"PCI/a": (15, 4097), "PCI/short": (9, 4096), "mm/b": (17, 5000), "w1/c": (14, 9000)}
+    pages = [
+        # A character of two bytes counts as two.
+        Example(f"{stem}{i}", "\xb5" + "x" * (size - 2), "linux-doc-6.1")
+        for stem, (count, size) in sizes.items()
+        for i in range(count)
+    ]
+    pages += [Example(f"top{i}", "x" * 9000, "linux-doc-6.1") for i in range(20)]
+    monkeypatch.setattr(documents, "linux_documents", lambda: iter(pages))
+    folds = [documents.load_linux_doc(fold) for fold in range(5)]
+    expected = {f"PCI/a{i}": "PCI" for i in range(15)} | {f"mm/b{i}": "mm" for i in range(17)}
+    tested = [e.name for splits in folds for e in splits["test"]]
+    assert sorted(tested) == sorted(expected)
+    for fold, splits in enumerate(folds):
+        assert {e.name: e.label for part in splits.values() for e in part} == expected
+        assert splits["validation"] == folds[(fold + 1) % 5]["test"]
+        assert sum(e.label == "PCI" for e in splits["test"]) == 3
+    with pytest.raises(ValueError, match="fold=5"):
+        documents.load_linux_doc(5)
 
 
 class FakeBuilder:

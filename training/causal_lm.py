@@ -20,6 +20,7 @@ from rich.table import Table
 from training.command import make_parser, prepare_output, start_keras, use_devices
 from training.config import load_config
 from training.data.byte_pairs import SMALLEST_VOCABULARY, learn_byte_pairs
+from training.data.copyleft_text import load_copyleft_text
 from training.data.examples import load_examples, texts_sha256
 from training.data.packed_windows import PackedWindows
 from training.data.protein_sources import SOURCES, load_proteins
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 # Keras chooses its backend when it is imported, so nothing that imports it stands up here.
 
+TEXTS = {"text": load_text, "copyleft_text": load_copyleft_text}
 # What it writes at the end, and how much of the first test sequence it is given.
 SAMPLE_TOKENS = 256
 PROMPT_CHARACTERS = {"text": 64, "proteins": 8}
@@ -60,7 +62,7 @@ class DataConfig:
     vocabulary_size: int = 0
 
     def __post_init__(self) -> None:
-        sources = ("text", *SOURCES)
+        sources = (*TEXTS, *SOURCES)
         require(self.source in sources, "data.source", f"one of {', '.join(sources)}")
         require(self.sequence_length >= 16, "data.sequence_length", "at least 16")
         require(0 < self.heldout_share < 1, "data.heldout_share", "between 0 and 1")
@@ -194,10 +196,10 @@ def read_corpus(config: Config, file: Path | None, fasta: Path | None) -> Corpus
     """Read the strings of the config's source, or a user's own."""
     if file is not None and fasta is not None:
         raise ValueError("Pass --file for documents or --fasta for proteins, not both.")
-    if file is not None or (fasta is None and config.data.source == "text"):
-        splits = load_text() if file is None else load_examples(file)
+    if file is not None or (fasta is None and config.data.source in TEXTS):
+        splits = TEXTS[config.data.source]() if file is None else load_examples(file)
         texts = {split: [example.text for example in part] for split, part in splits.items()}
-        corpus = Corpus("text", "text" if file is None else str(file), **texts)
+        corpus = Corpus("text", config.data.source if file is None else str(file), **texts)
     else:
         train, heldout, source = load_proteins(config.data.source, config.data.heldout_share, fasta)
         sequences = [protein.sequence for protein in heldout]

@@ -1,4 +1,4 @@
-"""Train a classifier of proteins, documents or ListOps, and measure it: `--help` names the flags.
+"""Train a classifier of proteins, documents, ListOps or images: `--help` names the flags.
 
 The job reads labelled sequences, trains a `PerformerSequenceClassifier` from scratch or on a
 pretrained encoder, compares it on the test split with always choosing the most frequent class,
@@ -6,7 +6,8 @@ saves a preset and loads it back.
 
 What is longer than `data.sequence_length` is cropped. Of a protein the first and the last half of
 the room stay: signals that send it to its place sit at its ends. Of a document training sees a
-random window, another one in each pass, and scoring its start. ListOps are cut at their end.
+random window, another one in each pass, and scoring its start. ListOps and the pixels of an image
+are cut at their end.
 """
 
 import argparse
@@ -29,7 +30,8 @@ from training.command import (
     write_json,
 )
 from training.config import load_config
-from training.data.documents import NUM_FOLDS, load_brown, load_spam_assassin, load_tfds
+from training.data import digits, list_ops
+from training.data.documents import load_brown, load_linux_doc, load_spam_assassin, load_tfds
 from training.data.enzyme_class import load_enzyme_classes
 from training.data.examples import (
     Splits,
@@ -38,9 +40,10 @@ from training.data.examples import (
     load_examples,
     texts_sha256,
 )
-from training.data.list_ops import ListOpsTokenizer, encode, load_list_ops
+from training.data.folds import NUM_FOLDS
 from training.data.localisation import load_localisation
 from training.data.padded_rows import bracket, pad_rows
+from training.data.peptides import load_peptides
 from training.encoders import add_preset_flag, build_encoder, encoder_phrase
 from training.results import (
     finish,
@@ -70,11 +73,17 @@ if TYPE_CHECKING:
 # What each source holds, which decides how it becomes tokens and is cropped.
 KINDS = {
     "localisation": "proteins",
+    "localisation_folds": "proteins",
     "enzyme_class": "proteins",
+    "peptides": "proteins",
     "brown": "documents",
     "spam_assassin": "documents",
+    "linux_doc": "documents",
     "list_ops": "list_ops",
+    "digits": "pixels",
 }
+# What makes tokens of the texts of a kind that a saved preset takes as tokens, not as strings.
+ENCODERS = {"list_ops": list_ops.encode, "pixels": digits.encode}
 TFDS = "tfds:"
 PROTEIN_LETTERS = set("ABCDEFGHIJKLMNOPQRSTUVWXYZ*-")
 
@@ -84,7 +93,7 @@ class DataConfig:
     """Section `[data]`.
 
     `text_field` and `label_field` are read for a user's file and TensorFlow Datasets, and `fold`
-    for "brown", each of whose five folds is the test once.
+    for "brown", "linux_doc" and "localisation_folds", each of whose five folds is the test once.
     """
 
     source: str
@@ -107,7 +116,7 @@ class DataConfig:
 
     @property
     def kind(self) -> str:
-        """What the source holds: "proteins", "documents" or "list_ops"."""
+        """What the source holds: "proteins", "documents", "list_ops" or "pixels"."""
         return KINDS.get(self.source, "documents")
 
 
@@ -151,7 +160,7 @@ class Config(Experiment):
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One split: strings, or token ids of ListOps, and the class (N,) of each."""
+    """One split: strings, or arrays of ListOps and pixels, and the class (N,) of each."""
 
     texts: Any
     labels: np.ndarray
@@ -168,7 +177,7 @@ class Corpus:
     """Labelled examples, and what they are.
 
     **Args**
-        kind: "proteins", "documents" or "list_ops".
+        kind: "proteins", "documents", "list_ops" or "pixels".
         source: A phrase that names the source.
         classes: The names of the classes.
         parts: `train`, `validation` and `test`.
@@ -183,8 +192,8 @@ class Corpus:
 
     @property
     def takes_strings(self) -> bool:
-        """Whether examples are strings, which a saved preset can take; ListOps are tokens."""
-        return self.kind != "list_ops"
+        """Whether examples are strings, which a saved preset can take, and not tokens."""
+        return self.kind not in ENCODERS
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -248,7 +257,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--file", type=Path,
         help="your own JSONL or CSV, gzip or not, in place of data.source; it is read as what that "
-        "source holds (proteins, documents or ListOps), split by the hash of the texts",
+        "source holds (proteins, documents, ListOps or pixels), split by the hash of the texts",
     )  # fmt: skip
     add_preset_flag(parser)
     return parser.parse_args(argv)
@@ -259,7 +268,7 @@ def read_corpus(config: Config, file: Path | None) -> Corpus:
     data = config.data
     source = data.source if file is None else str(file)
     if file is None and data.source == "list_ops":
-        made = load_list_ops()
+        made = list_ops.load_list_ops()
         parts = {name: Part(part, part.labels.astype("int32")) for name, part in made.items()}
         # They follow from the generator, so its name tells them apart.
         corpus = Corpus("list_ops", source, list("0123456789"), parts, texts_sha256([source]))
@@ -282,9 +291,13 @@ def read_splits(data: DataConfig, file: Path | None) -> Splits:
         return load_tfds(data.source.removeprefix(TFDS), data.text_field, data.label_field)
     loaders: dict[str, Callable[[], Splits]] = {
         "localisation": load_localisation,
+        "localisation_folds": lambda: load_localisation(data.fold),
         "enzyme_class": load_enzyme_classes,
+        "peptides": load_peptides,
         "brown": lambda: load_brown(data.fold),
         "spam_assassin": load_spam_assassin,
+        "linux_doc": lambda: load_linux_doc(data.fold),
+        "digits": digits.load_digits,
     }
     return loaders[data.source]()
 
@@ -309,9 +322,8 @@ def _labelled(splits: Splits, kind: str, source: str) -> Corpus:
                     f"{source}: {example.name} is no protein sequence, which has letters only. "
                     f"Received: {example.text[:40]!r}"
                 )
-        texts = [
-            encode(example.text) if kind == "list_ops" else example.text for example in examples
-        ]
+        encode = ENCODERS.get(kind, str)
+        texts = [encode(example.text) for example in examples]
         index = {name: number for number, name in enumerate(classes)}
         labels = np.array([index[example.label] for example in examples], "int32")
         parts[split] = Part(texts, labels)
@@ -319,13 +331,14 @@ def _labelled(splits: Splits, kind: str, source: str) -> Corpus:
 
 
 def make_tokenizer(kind: str) -> Any:
-    """Return the tokenizer of "proteins", "documents" or "list_ops"."""
+    """Return the tokenizer of "proteins", "documents", "list_ops" or "pixels"."""
     from keras_performer.models import ByteTokenizer, ProteinTokenizer
 
     tokenizers = {
         "proteins": ProteinTokenizer,
         "documents": ByteTokenizer,
-        "list_ops": ListOpsTokenizer,
+        "list_ops": list_ops.ListOpsTokenizer,
+        "pixels": digits.PixelTokenizer,
     }
     return tokenizers[kind]()
 
@@ -333,7 +346,7 @@ def make_tokenizer(kind: str) -> Any:
 def build_model(
     config: Config, corpus: Corpus, preset: str | None, backend: str | None
 ) -> "PerformerSequenceClassifier":
-    """Choose the backend, seed it, and return the model, with a preprocessor unless for ListOps."""
+    """Choose the backend, seed it, and return the model; what takes strings has a preprocessor."""
     start_keras(backend, config.seed)
     from keras_performer.models import (
         PerformerSequenceClassifier,
@@ -391,7 +404,7 @@ def crop(row: np.ndarray, room: int, kind: str, rng: np.random.Generator | None)
     **Args**
         row: Token ids without special tokens.
         room: The most that may stay.
-        kind: "proteins", "documents" or "list_ops".
+        kind: "proteins", "documents", "list_ops" or "pixels".
         rng: Moves the window of a document; None takes its start.
 
     **Example**

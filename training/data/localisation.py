@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from training.data.examples import Example, Splits
 from training.data.fasta import Protein
+from training.data.folds import NUM_FOLDS, check_fold
 from training.data.protein_sample import LOCALISATIONS
 from training.data.registry import fetch_python_package, package_files
 
@@ -22,26 +23,37 @@ PACKAGE = (
 _GIVEN_SPLITS = {"train": "trn", "validation": "vld", "test": "tst"}
 
 
-def load_localisation() -> Splits:
+def load_localisation(fold: int | None = None) -> Splits:
     """Read the proteins with their class, one of the keys of `LOCALISATIONS`.
 
     Validation and test are as given, 1,260 and 2,631 proteins; two sequences are in both. Left out
     of training are the 25 proteins whose sequence is in one of them, which leaves 15,158.
 
+    For cross-validation the authors divide 6,165 of the proteins for training and validation among
+    five folds. With `fold`, that one is the test, the next the validation, and all others of the
+    16,443 are for training but those with a sequence of either: over `fold` = 0 to 4 each of the
+    6,165 is tested once, and the given test split is never seen.
+
+    **Args**
+        fold: From 0 to 4; None takes the splits as given.
+
     **Returns** The splits. Names are UniProt accessions.
 
-    **Raises** OSError or ValueError, with what to do, if the package cannot be had.
+    **Raises** OSError or ValueError, with what to do, if the package cannot be had; ValueError if
+    there is no such fold.
 
     **Example**
 
     >>> load_localisation()["test"][0].label  # doctest: +SKIP
     'NUC'
     """
-    return read_package(fetch_python_package(*PACKAGE, source=True))
+    if fold is not None:
+        check_fold(fold)
+    return read_package(fetch_python_package(*PACKAGE, source=True), fold)
 
 
 def localisation_heldout() -> list[Protein]:
-    """Return the proteins of validation and test, for pretraining to leave out.
+    """Return the proteins of validation and test as given, for pretraining to leave out.
 
     Leave out what has one of their names *or* sequences: accessions change, and one sequence may
     have several.
@@ -57,7 +69,7 @@ def localisation_heldout() -> list[Protein]:
     return [Protein(example.name, "", example.text) for example in heldout]
 
 
-def read_package(package: Path) -> Splits:
+def read_package(package: Path, fold: int | None = None) -> Splits:
     """Return the splits that the source distribution holds; see `load_localisation`."""
     files = {
         PurePosixPath(name).name: content.decode("utf-8")
@@ -70,6 +82,10 @@ def read_package(package: Path) -> Splits:
         for row in csv.DictReader(io.StringIO(files["scl2205.csv"]))
     ]
     places = json.loads(files["splits.json"])
+    if fold is not None:
+        folds = [places["cv"][f"f{k}"] for k in (fold, (fold + 1) % NUM_FOLDS)]
+        tested, validated = (part["vld"] for part in folds)
+        places = {"trn": folds[0]["trn"], "vld": validated, "tst": tested}
     splits = {name: [rows[i] for i in places[given]] for name, given in _GIVEN_SPLITS.items()}
     heldout = {example.text for name in ("validation", "test") for example in splits[name]}
     splits["train"] = [example for example in splits["train"] if example.text not in heldout]
