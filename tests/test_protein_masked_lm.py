@@ -2,15 +2,12 @@ import importlib.util
 import io
 import json
 import re
-import subprocess
-import sys
-import time
-from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 import pytest
+from killing import assert_same_curves, killed_and_whole, needs_kill
 from rich.console import Console
 
 from keras_performer.models import (
@@ -168,30 +165,13 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(fasta, tmp_path, monkey
         assert a["val_loss"] == pytest.approx(b["val_loss"], abs=1e-5)
 
 
+@needs_kill
 @pytest.mark.slow
 def test_a_process_that_is_killed_in_an_epoch_goes_on(fasta, tmp_path):
-    changes = {**SMALL, "training.steps": 400, "model.dropout": 0.2}
+    changes = {**SMALL, "model.dropout": 0.2}
     options = [f"--set={key}={value}" for key, value in changes.items()]
-    command = [sys.executable, "-m", "training.protein_masked_lm", f"--fasta={fasta}", *options]
-
-    def start(name):
-        root = Path(protein_masked_lm.__file__).parent.parent
-        return subprocess.Popen([*command, f"--output={tmp_path / name}"], cwd=root)
-
-    killed = start("killed")
-    history = tmp_path / "killed" / "history.jsonl"
-    while killed.poll() is None and not (history.is_file() and history.read_text().count("\n") > 2):
-        time.sleep(0.05)
-    killed.kill()
-    assert killed.wait() != 0
-    assert (tmp_path / "killed" / "backup").is_dir()
-    curves = []
-    for name in ("killed", "whole"):
-        assert start(name).wait() == 0
-        metrics = json.loads((tmp_path / name / "metrics.json").read_text(encoding="utf-8"))
-        curves.append([row["val_loss"] for row in metrics["training"]["history"]])
-    assert len(curves[0]) == 20
-    np.testing.assert_allclose(curves[0], curves[1], rtol=0, atol=1e-5)
+    runs = killed_and_whole("protein_masked_lm", [f"--fasta={fasta}", *options], tmp_path)
+    assert_same_curves(*runs)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+from killing import assert_same_curves, killed_and_whole, needs_kill
 
 from keras_performer.models import PerformerTokenClassifier, ProteinTokenizer
 from training import residue_labels
@@ -88,6 +89,28 @@ def test_a_state_for_each_letter_is_learned(chains, tmp_path):
     assert states == list(Q8)
     logits = reloaded.predict(["ACDEFGHIKLMN"], verbose=0)[0]
     assert "".join(states[i] for i in logits[1:13].argmax(-1)) == "".join(STATE_OF.values())
+
+
+@needs_kill
+@pytest.mark.slow_on_jax
+@pytest.mark.slow_on_tensorflow
+def test_a_process_that_is_killed_in_an_epoch_goes_on(chains, tmp_path):
+    changes = {
+        "data.length_multiple": 8,
+        "data.bucket_batches": 3,
+        "model.dropout": 0.2,
+        "model.exact_window": 4,
+        "training.steps": 12,
+        "training.steps_per_epoch": 4,
+        "training.accumulate": 2,
+        "training.redraw_features_every": 3,
+    }
+    options = [f"--config={CONFIG}", f"--file={chains}", *overrides(**changes)]
+    killed, whole = killed_and_whole("residue_labels", options, tmp_path)
+    assert_same_curves(killed, whole)
+    model, expected = (metrics["test"]["model"] for metrics in (killed, whole))
+    assert model["q8"] == pytest.approx(expected["q8"], abs=1e-5)
+    assert model["cross_entropy"] == pytest.approx(expected["cross_entropy"], abs=1e-5)
 
 
 @pytest.mark.slow_on_jax
