@@ -1,6 +1,11 @@
 """What holds for every test module."""
 
 import gc
+import os
+
+# The kernels for PyTorch run in Triton's interpreter if this is set before Triton is imported,
+# which PyTorch does. Set it to 0 to test what runs on a GPU.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import keras
 import pytest

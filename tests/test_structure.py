@@ -126,6 +126,10 @@ def test_layers_leave_tensorflow_out():
     "name", [module_name(p) for folder in (PACKAGE, ROOT / "training") for p in sources(folder)]
 )
 def test_examples_of_docstrings(name):
+    if name == "keras_performer.ops._triton":
+        if keras.config.backend() != "torch":
+            pytest.skip("loading Triton after JAX ends the process")
+        pytest.importorskip("triton")
     module = importlib.import_module(name)
     names = {"keras": keras, "np": np, "keras_performer": keras_performer}
     for home in (keras_performer.convert, keras_performer.models, keras_performer.layers):

@@ -5,16 +5,19 @@ from typing import Any
 from keras import backend, ops
 from keras.utils import is_keras_tensor
 
-from keras_performer.ops import _blocked, _chunked, _near_field, _reference, _windowed
+from keras_performer.ops import _blocked, _chunked, _fused, _near_field, _reference, _windowed
 from keras_performer.ops._chunks import LOG_ZERO, dtype_of, run_indices
 
+FUSED = {"triton": _fused.TRITON, "pallas": _fused.PALLAS}
+"""Kernels for GPUs, one for each backend that has a language for them. They are taken by name only,
+until somebody has measured them on a GPU."""
 IMPLEMENTATIONS = {
     "chunked": _chunked,
     "blocked": _blocked,
     "windowed": _windowed,
     "reference": _reference,
 }
-"""By name, in the order of preference of `implementation="auto"`."""
+"""Those in `keras.ops`, by name, in the order of preference of `implementation="auto"`."""
 
 
 def favor_attention(
@@ -64,8 +67,10 @@ def favor_attention(
             Bidirectional: every query also sees the keys in it, through features.
         return_state: Whether to return the state after all keys as well.
         implementation: "auto"; "chunked", of linear time and memory; with an exact window
-            "blocked", for whole sequences, or "windowed", for segments and states too; or
-            "reference" (the definition, quadratic).
+            "blocked", for whole sequences, or "windowed", for segments and states too; "reference"
+            (the definition, quadratic); or the fused kernels "triton" (PyTorch) and "pallas" (JAX)
+            for NVIDIA GPUs, of `FavorPlus` without window and segments. These were run in
+            interpreters only so far, so "auto" does not take them.
 
     **Returns** The output (B, T, N, V) of the type of `query`; with `return_state=True` a pair of
     it and the state: a dictionary of `kv` (B, K, M, V), `k_sum` (B, K, M) and `log_max` (B, K, M),
@@ -84,7 +89,9 @@ def favor_attention(
 
     **Precision** Features, sums and quotients are float32 whatever the input type, float64 for
     float64. No epsilon is added. The gradient treats `log_max` as a constant, so differentiate
-    functions of `exp(log_max) * kv`, which do not depend on it.
+    functions of `exp(log_max) * kv`, which do not depend on it. Of 16-bit tensors the fused kernels
+    round the factors of products to ten bits of mantissa. Their gradient cannot be differentiated
+    again.
 
     **Cost** O(T N M (H + V)) time; causal and packed attention add O(T C N (M + V)) for chunks of C
     tokens, and a window of W tokens O(T N C (H + V + M)) for C = max(128, 2 W) + 4 W (causal 2 W).
@@ -120,6 +127,8 @@ def favor_attention(
     exact_window = _check_window(exact_window, num_sink_tokens, feature_map, query, key)
     chosen = _choose(
         implementation,
+        (query, key, value),
+        feature_map,
         exact_window=exact_window,
         segmented=segment_ids is not None,
         stateful=initial_state is not None or return_state,
@@ -127,7 +136,8 @@ def favor_attention(
     _build(feature_map, key)
     output_dtype = dtype_of(query)
     dtype = "float64" if output_dtype == "float64" else "float32"
-    query, key, value = (ops.cast(t, dtype) for t in (query, key, value))
+    if chosen not in FUSED:  # whose kernels widen what they read on chip
+        query, key, value = (ops.cast(t, dtype) for t in (query, key, value))
     batch, length, num_heads, head_dim = ops.shape(query)
     num_key_heads, value_dim = key.shape[2], value.shape[3]
     grouped = (batch, length, num_key_heads, num_heads // num_key_heads, head_dim)
@@ -162,7 +172,7 @@ def favor_attention(
         initial_state = _check_state(initial_state, sizes, window, causal, dtype)
     arguments = (query, key, value, feature_map, feature_map.operands(key, key_mask))
     options = {"causal": causal, "key_mask": key_mask, "runs": runs, "state": initial_state}
-    attend = IMPLEMENTATIONS[chosen].attend
+    attend = {**FUSED, **IMPLEMENTATIONS}[chosen].attend
     if exact_window:
         output, state = _attend_with_window(
             attend, *arguments, **options, window=(exact_window, num_sink_tokens, return_state)
@@ -335,19 +345,22 @@ def _build(feature_map: Any, key: Any) -> None:
         )
 
 
-def _choose(implementation: str, **options: Any) -> str:
+def _choose(implementation: str, tensors: tuple[Any, ...], feature_map: Any, **kind: Any) -> str:
     if implementation == "auto":
-        refusals = {name: module.why_not(**options) for name, module in IMPLEMENTATIONS.items()}
+        refusals = {name: module.why_not(**kind) for name, module in IMPLEMENTATIONS.items()}
         for name, refusal in refusals.items():
             if refusal is None:
                 return name
         raise NotImplementedError(next(iter(refusals.values())))
-    if implementation not in IMPLEMENTATIONS:
+    if implementation in FUSED:
+        refusal = FUSED[implementation].why_not(tensors, feature_map, **kind)
+    elif implementation in IMPLEMENTATIONS:
+        refusal = IMPLEMENTATIONS[implementation].why_not(**kind)
+    else:
         raise ValueError(
-            f"implementation must be 'auto' or one of {sorted(IMPLEMENTATIONS)}. "
+            f"implementation must be 'auto' or one of {sorted([*FUSED, *IMPLEMENTATIONS])}. "
             f"Received: implementation={implementation!r}"
         )
-    refusal = IMPLEMENTATIONS[implementation].why_not(**options)
     if refusal is not None:
         raise NotImplementedError(refusal)
     return implementation
