@@ -19,6 +19,7 @@ from keras_performer.ops._chunks import (
     dtype_of,
     exp,
     hide,
+    is_one,
     normalize,
     overlapping,
     pad,
@@ -99,7 +100,7 @@ def attend(
         sinks = tuple(part(x, 2, 0, count) for x in (key, value))
     # Two blocks see each other: there is nothing beyond.
     has_far = not (isinstance(num_steps, int) and num_steps * size <= 2)
-    if has_far and not causal:
+    if has_far and not causal and not is_one(num_steps):
         arrays |= _sums_beside(arrays, feature_map, operands, empty, size * window)
     order = _order(causal, window, query.shape[2])
 
@@ -124,14 +125,14 @@ def attend(
             row_max = ops.stop_gradient(row_max)
             return carry, (normalize(_weigh(logits, near_values, row_max)),)
         phi_q, log_q = features(feature_map, q, weights, is_query=True)
-        outer = (
-            [carry]
-            if causal
-            else [(tile[f"{side}_sums"], tile[f"{side}_scale"]) for side in ("before", "after")]
-        )
+        if causal:
+            outer = [carry]
+        else:  # with a single step there is nothing beside it
+            sides = [side for side in ("before", "after") if f"{side}_sums" in tile]
+            outer = [(tile[f"{side}_sums"], tile[f"{side}_scale"]) for side in sides]
         # Causally the last block is none that the step's queries read.
         own = _block_sums(tile, feature_map, weights, window, size if causal else size + 2)
-        sums, scales = _combine(outer, own, _seen_blocks(size, causal))
+        sums, scales = _combine(outer, own, _seen_blocks(size, causal, len(outer)))
         read, scale = sums, scales
         if causal:  # the last row is the next carry
             read, scale = part(sums, 2, 0, size), part(scales, 2, 0, size)
@@ -308,7 +309,7 @@ def _combine(outer, own, seen):
     return ops.reshape(combined, (batch, num_heads, -1, num_features, width)), largest
 
 
-def _seen_blocks(size, causal):
+def _seen_blocks(size, causal, num_outer):
     """Which sums the queries of each block read, and causally, in a last row, the next carry."""
     block = np.arange(size)[:, None]
     if causal:
@@ -317,4 +318,4 @@ def _seen_blocks(size, causal):
         own = np.concatenate([own, np.ones((1, size), bool)])
         return np.concatenate([np.ones((size + 1, 1), bool), own], axis=1)
     own = np.abs(np.arange(size + 2) - 1 - block) > 1
-    return np.concatenate([np.ones((size, 2), bool), own], axis=1)
+    return np.concatenate([np.ones((size, num_outer), bool), own], axis=1)
