@@ -26,5 +26,8 @@ def test_a_tutorial_runs(title, tmp_path, monkeypatch, eager, capsys):
     if title == "Secondary structure":
         protein, states = capsys.readouterr().out.splitlines()[-2:]
         assert len(protein) == len(states) and set(states) <= set("HGIEBTSC")
+    if title == "Documents":
+        assert "[1 0]" in capsys.readouterr().out and names["vectors"].shape == (2, 64)
+        assert (tmp_path / "my_saved_model" / "saved_model.pb").is_file()
     if title == "A converted model":
         assert "CAASGFTFSS" in capsys.readouterr().out  # as in nearly every antibody of this family

@@ -42,17 +42,18 @@ def facts(metrics: dict[str, Any], mean_tokens: float) -> dict[str, Any]:
         metrics: The figures of the run.
         mean_tokens: Mean number of tokens in a training example, padding not counted.
     """
-    training = metrics["config"]["training"]
+    training, history = metrics["config"]["training"], metrics["training"]["history"]
+    steps = len(history) * training["steps_per_epoch"]  # fewer than planned if patience ended it
     return {
         "config": metrics["config"],
         "hardware": HARDWARE,
         "backend": f"Keras {metrics['keras']} on {metrics['backend']}",
         "wall_seconds": metrics["seconds"],
-        "steps": training["steps"],
-        "tokens_seen": round(training["steps"] * training["batch_size"] * mean_tokens),
+        "steps": steps,
+        "tokens_seen": round(steps * training["batch_size"] * mean_tokens),
         "curve": [
             Point((i + 1) * training["steps_per_epoch"], row["loss"], row["val_loss"])
-            for i, row in enumerate(metrics["training"]["history"])
+            for i, row in enumerate(history)
         ],
     }
 
