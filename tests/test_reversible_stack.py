@@ -147,6 +147,14 @@ def test_half_precision_keeps_the_streams_in_float32():
     assert np.all(np.isfinite(changes)) and max(changes) > 1e-4
 
 
+def test_keras_compiles_it_on_jax_only():
+    """On TensorFlow XLA would take minutes for a deep stack, and keep what the graph frees."""
+    symbol = keras.Input((None, 11))
+    model = keras.Model(symbol, ReversibleStack(make_blocks("encoder", count=1))(symbol))
+    model.compile("sgd", "mse")
+    assert model.jit_compile == (BACKEND == "jax")
+
+
 def test_only_blocks_are_taken():
     with pytest.raises(TypeError, match=r"PerformerEncoderBlocks.*Received: <Dense"):
         ReversibleStack([keras.layers.Dense(3)])

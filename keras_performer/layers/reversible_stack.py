@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_performer.layers._performer_block import PerformerBlock, merge_masks
 from keras_performer.layers._recomputed import pure
-from keras_performer.ops._reversible import reversible
+from keras_performer.ops._reversible import compiles, reversible
 
 
 @keras.saving.register_keras_serializable(package="keras_performer")
@@ -35,7 +35,8 @@ class ReversibleStack(keras.layers.Layer):
     Activations come back to rounding only, and gradients with them.
 
     **Cost** Time of the blocks, once more in the backward pass; memory of two streams. XLA would
-    order a compiled step for speed and keep more, so each branch is a conditional there.
+    order a step for speed and keep more: on JAX each branch is a conditional there, and Keras
+    compiles no model with this layer on TensorFlow.
 
     **Raises** TypeError if a block is of another kind.
 
@@ -60,6 +61,7 @@ class ReversibleStack(keras.layers.Layer):
                     f"Received: {block!r}"
                 )
         self.supports_masking = True
+        self.supports_jit = compiles()
         self.blocks = list(blocks)
 
     def build(

@@ -14,6 +14,15 @@ Tensors = tuple[Any, ...]
 Branch = Callable[[Any, Tensors, Tensors, Tensors, Tensors], tuple[Any, Tensors]]
 
 
+def compiles() -> bool:
+    """Whether XLA should compile what calls `reversible`.
+
+    Under TensorFlow it takes minutes and gigabytes for two dozen layers, and then keeps what the
+    order of a graph frees; see `_after`.
+    """
+    return keras.backend.backend() != "tensorflow"
+
+
 def reversible(
     branches: Sequence[Branch],
     streams: tuple[Any, Any],
@@ -99,8 +108,8 @@ def _after(streams: list[Any], grads: list[Any]) -> list[Any]:
     """The streams, which a compiler may not use before the gradients are there.
 
     Undoing the sums needs no gradients: done ahead of them, it would keep every branch's
-    intermediate results until its own gradients are wanted. `_alone` is for compilers that do not
-    heed this.
+    intermediate results until its own gradients are wanted. XLA does not heed this on CPUs: hence
+    `_alone` on JAX, and `compiles` on TensorFlow.
     """
     backend = keras.backend.backend()
     if backend == "jax":
@@ -116,13 +125,15 @@ def _after(streams: list[Any], grads: list[Any]) -> list[Any]:
 
 
 def _alone(function: Callable[..., Any], tensors: Sequence[Any], like: Any) -> Any:
-    """`function(*tensors)`, shaped as `like`, as a computation that XLA mixes with nothing else.
+    """JAX: `function(*tensors)`, shaped as `like`, as a computation that XLA mixes with no other.
 
     XLA starts early whatever needs no result that is still missing, shares it between branches, and
-    keeps it until its last use; on CPUs it heeds no optimization barrier and no control dependency.
-    But one side of a conditional runs, and frees its memory, as a whole. On other devices, which
-    would wait for the host at each conditional, JAX's barrier is enough.
+    keeps it until its last use; on CPUs it heeds no optimization barrier. But one side of a
+    conditional runs, and frees its memory, as a whole. On other devices, which would wait for the
+    host at each conditional, the barrier is enough.
     """
+    import jax
+    from jax.core import Tracer
 
     def run() -> Any:
         return function(*tensors)
@@ -130,17 +141,10 @@ def _alone(function: Callable[..., Any], tensors: Sequence[Any], like: Any) -> A
     def zeros() -> Any:
         return keras.tree.map_structure(keras.ops.zeros_like, like)
 
+    if not isinstance(tensors[0], Tracer) or jax.default_backend() != "cpu":
+        return run()
     # A random number is always below 2, which XLA does not know.
-    if keras.backend.backend() == "jax":
-        import jax
-        from jax.core import Tracer
-
-        if not isinstance(tensors[0], Tracer) or jax.default_backend() != "cpu":
-            return run()
-        return jax.lax.cond(jax.lax.rng_uniform(0.0, 1.0, ()) < 2, run, zeros)
-    import tensorflow as tf
-
-    return run() if tf.executing_eagerly() else tf.cond(tf.random.uniform(()) < 2, run, zeros)
+    return jax.lax.cond(jax.lax.rng_uniform(0.0, 1.0, ()) < 2, run, zeros)
 
 
 def _pull_back(function: Any, tensors: Tensors, grad: Any) -> tuple[Any, Sequence[Any]]:
@@ -157,14 +161,11 @@ def _pull_back(function: Any, tensors: Tensors, grad: Any) -> tuple[Any, Sequenc
     if backend == "tensorflow":
         import tensorflow as tf
 
-        def pull_tensorflow(grad: Any, *tensors: Any) -> tuple[Any, Tensors]:
-            with tf.GradientTape() as tape:
-                tape.watch(tensors)
-                delta, _ = function(*tensors)
-            zero = tf.UnconnectedGradients.ZERO
-            return delta, tuple(tape.gradient(delta, tensors, grad, unconnected_gradients=zero))
-
-        return _alone(pull_tensorflow, (grad, *tensors), (grad, tensors))
+        with tf.GradientTape() as tape:
+            tape.watch(tensors)
+            delta, _ = function(*tensors)
+        zero = tf.UnconnectedGradients.ZERO
+        return delta, tuple(tape.gradient(delta, tensors, grad, unconnected_gradients=zero))
     import torch
 
     inputs = [tensor.detach().requires_grad_() for tensor in tensors]
