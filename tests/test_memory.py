@@ -118,7 +118,7 @@ def test_memory_of_a_reversible_step_does_not_grow_with_depth():
     pytest.importorskip("rich")
     from training.benchmarks.model_memory import measure
 
-    # A graph of TensorFlow holds some 3 MiB a block to run it, at any length.
+    # A graph of TensorFlow holds some 2 MiB a block to run it, at any length.
     length = 131072 if keras.config.backend() == "tensorflow" else 16384
     peaks = [measure("reversible", n, 64, length)["step_bytes"] / 2**20 for n in (4, 24)]
     print(f"{peaks[0]:.0f} MiB with 4 blocks, {peaks[1]:.0f} MiB with 24")
