@@ -208,7 +208,7 @@ def test_the_unigram_counts_what_is_predicted():
     [
         (["--file=t.txt", "--fasta=t.fasta"], "not both"),
         (["--file=nothing.txt"], r"nothing\.txt: there is no such file"),
-        (["--set=data.source=books"], r"'data\.source' must be one of text, sample"),
+        (["--set=data.source=books"], r"'data\.source' must be one of text, copyleft_text, sample"),
         (["--set=data.vocabulary_size=100"], r"'data\.vocabulary_size' must be 0 \(bytes\), or"),
         (["--set=data.source=sample", "--set=data.vocabulary_size=300"], "a token per residue"),
         (["--set=training.validation_windows=0"], r"'training\.validation_windows'"),
