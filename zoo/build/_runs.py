@@ -1,8 +1,9 @@
 """Train what a preset needs, and say of a run what its card says."""
 
+import argparse
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,6 +34,39 @@ def run(recipe: ModuleType, config: str, name: str, *overrides: str) -> tuple[di
             return finished, output
     arguments = [f"--set={override}" for override in overrides]
     return recipe.main([f"--config={path}", f"--output={output}", *arguments]), output
+
+
+def run_with_twin(
+    recipe: ModuleType,
+    config: str,
+    name: str,
+    argv: Sequence[str] | None,
+    twin_overrides: Sequence[str] = ("model.attention=softmax",),
+    twin_phrase: str = 'the same config with `attention = "softmax"`: same tokens, steps and '
+    "parameters but for the random features.",
+) -> tuple[dict[str, Any], Path, dict[str, Any] | None, str]:
+    """Run a recipe for a preset, and once more with softmax attention unless told not to.
+
+    **Args**
+        recipe: As in `run`.
+        config: As in `run`.
+        name: Of the preset and the run's folder; the twin's folder ends with `_softmax`.
+        argv: Command-line arguments. With `--without-twin` the twin is not trained.
+        twin_overrides: Of keys of the config, for the twin.
+        twin_phrase: What a card says of the twin.
+
+    **Returns** The figures of the run, its folder, the figures of the twin (None: it is not
+    trained), and what the card says of it.
+    """
+    parser = argparse.ArgumentParser(description=f"Build {name}.")
+    parser.add_argument("--without-twin", action="store_true", help="do not train the softmax twin")
+    arguments = parser.parse_args(argv)
+    model, output = run(recipe, config, name)
+    softmax = f"{name}_softmax"
+    if arguments.without_twin:
+        return model, output, None, unfinished(model, softmax)
+    twin, _ = run(recipe, config, softmax, *twin_overrides)
+    return model, output, twin, twin_phrase
 
 
 def facts(metrics: dict[str, Any], mean_tokens: float) -> dict[str, Any]:

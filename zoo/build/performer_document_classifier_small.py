@@ -4,7 +4,6 @@ With PyTorch each of the two takes two hours of an x86 core; `--without-twin` pu
 twin is unfinished.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from training.data.documents import load_spam_assassin
 from zoo.build import tables
 from zoo.build._preset import publish
 from zoo.build._record import Data, Record
-from zoo.build._runs import facts, figures, run, unfinished
+from zoo.build._runs import facts, figures, run_with_twin
 
 NAME = "performer_document_classifier_small"
 CONFIG = "documents_spam.toml"
@@ -24,19 +23,7 @@ CONFIG = "documents_spam.toml"
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, and write the folder and the tables."""
-    parser = argparse.ArgumentParser(description=f"Build {NAME}.")
-    parser.add_argument("--without-twin", action="store_true", help="do not train the softmax twin")
-    arguments = parser.parse_args(argv)
-    model, output = run(classification, CONFIG, NAME)
-    softmax = f"{NAME}_softmax"
-    if arguments.without_twin:
-        twin, phrase = None, unfinished(model, softmax)
-    else:
-        twin, _ = run(classification, CONFIG, softmax, "model.attention=softmax")
-        phrase = (
-            'the same config with `attention = "softmax"`: same documents, steps and parameters '
-            "but for the random features."
-        )
+    model, output, twin, phrase = run_with_twin(classification, CONFIG, NAME, argv)
     publish(output / "preset", make_record(model, twin, phrase), heldout_inputs(output))
     tables.main()
 

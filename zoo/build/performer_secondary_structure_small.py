@@ -4,7 +4,6 @@ With PyTorch it takes about an hour of one x86 core for each of the two; `--with
 while the twin is unfinished.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from training.data.secondary_structure import load_secondary_structure
 from zoo.build import tables
 from zoo.build._preset import publish
 from zoo.build._record import Data, Record
-from zoo.build._runs import facts, figures, run, unfinished
+from zoo.build._runs import facts, figures, run_with_twin
 
 NAME = "performer_secondary_structure_small"
 CONFIG = "secondary_structure.toml"
@@ -24,19 +23,7 @@ CONFIG = "secondary_structure.toml"
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, and write the folder and the tables."""
-    parser = argparse.ArgumentParser(description=f"Build {NAME}.")
-    parser.add_argument("--without-twin", action="store_true", help="do not train the softmax twin")
-    arguments = parser.parse_args(argv)
-    model, output = run(residue_labels, CONFIG, NAME)
-    softmax = f"{NAME}_softmax"
-    if arguments.without_twin:
-        twin, phrase = None, unfinished(model, softmax)
-    else:
-        twin, _ = run(residue_labels, CONFIG, softmax, "model.attention=softmax")
-        phrase = (
-            'the same config with `attention = "softmax"`: same tokens, steps and parameters but '
-            "for the random features."
-        )
+    model, output, twin, phrase = run_with_twin(residue_labels, CONFIG, NAME, argv)
     publish(output / "preset", make_record(model, twin, phrase), heldout_inputs(output))
     tables.main()
 

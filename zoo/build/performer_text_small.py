@@ -4,7 +4,6 @@ With PyTorch each of the two takes about two hours of one x86 core; `--without-t
 the twin is unfinished.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from training.data.text import load_text
 from zoo.build import tables
 from zoo.build._preset import publish
 from zoo.build._record import Data, Record
-from zoo.build._runs import facts, figures, run, unfinished
+from zoo.build._runs import facts, figures, run_with_twin
 
 NAME = "performer_text_small"
 CONFIG = "text_causal_lm.toml"
@@ -27,23 +26,15 @@ TWIN = (
     "training.batch_size=8",
     "training.validation_windows=128",
 )
+TWIN_PHRASE = (
+    "the same config with softmax attention and windows of 1,024 tokens, eight in a step: same "
+    "tokens, steps and parameters but for the random features."
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, and write the folder and the tables."""
-    parser = argparse.ArgumentParser(description=f"Build {NAME}.")
-    parser.add_argument("--without-twin", action="store_true", help="do not train the softmax twin")
-    arguments = parser.parse_args(argv)
-    model, output = run(causal_lm, CONFIG, NAME)
-    softmax = f"{NAME}_softmax"
-    if arguments.without_twin:
-        twin, phrase = None, unfinished(model, softmax)
-    else:
-        twin, _ = run(causal_lm, CONFIG, softmax, *TWIN)
-        phrase = (
-            "the same config with softmax attention and windows of 1,024 tokens, eight in a step: "
-            "same tokens, steps and parameters but for the random features."
-        )
+    model, output, twin, phrase = run_with_twin(causal_lm, CONFIG, NAME, argv, TWIN, TWIN_PHRASE)
     publish(output / "preset", make_record(model, twin, phrase), heldout_inputs(output))
     tables.main()
 
