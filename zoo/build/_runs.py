@@ -97,16 +97,18 @@ def figures(
     baseline: str,
     model: dict[str, Any],
     twin: dict[str, Any] | None,
+    split: str = "test",
 ) -> list[Metric]:
-    """Return figures of the test split.
+    """Return figures on held-out data.
 
     **Args**
         rows: Of each its name, "lower" or "higher", its key in the figures of a run, and a factor.
         baseline: The key of the run's figures without a model.
         model: The figures of the run.
         twin: Those of the softmax twin's run; None: there is none.
+        split: What the runs call the held-out data.
     """
-    ours, theirs = model["test"], twin and twin["test"]
+    ours, theirs = model[split], twin and twin[split]
     return [
         Metric(
             name,

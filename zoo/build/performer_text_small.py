@@ -5,37 +5,33 @@ the twin is unfinished.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from training import causal_lm
 from training.data.text import load_text
 from zoo.build import tables
+from zoo.build._causal_lm import (
+    TEXT_ROWS,
+    TWIN_PHRASE,
+    evaluation,
+    heldout_inputs,
+    twin_overrides,
+)
 from zoo.build._preset import publish
 from zoo.build._record import Data, Record
 from zoo.build._runs import facts, figures, run_with_twin
 
 NAME = "performer_text_small"
 CONFIG = "text_causal_lm.toml"
-# Softmax attention over 8,192 tokens takes several times as long, so its twin sees an eighth.
-TWIN = (
-    "model.attention=softmax",
-    "data.sequence_length=1024",
-    "training.batch_size=8",
-    "training.validation_windows=128",
-)
-TWIN_PHRASE = (
-    "the same config with softmax attention and windows of 1,024 tokens, eight in a step: same "
-    "tokens, steps and parameters but for the random features."
-)
+TWIN = twin_overrides(length=8192, validation_windows=16)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, and write the folder and the tables."""
     model, output, twin, phrase = run_with_twin(causal_lm, CONFIG, NAME, argv, TWIN, TWIN_PHRASE)
-    publish(output / "preset", make_record(model, twin, phrase), heldout_inputs(output))
+    texts = [example.text[:8000] for example in load_text()["test"][:8]]
+    inputs = heldout_inputs(output / "preset", texts, 1024)
+    publish(output / "preset", make_record(model, twin, phrase), inputs)
     tables.main()
 
 
@@ -61,8 +57,8 @@ def make_record(model: dict[str, Any], twin: dict[str, Any] | None, phrase: str)
             counts={f"{split} documents": len(examples) for split, examples in splits.items()}
             | {"characters to train on": sum(len(e.text) for e in splits["train"])},
         ),
-        evaluation=evaluation(model),
-        metrics=figures(ROWS, "unigram", model, twin),
+        evaluation=evaluation(model, "documents"),
+        metrics=figures(TEXT_ROWS, "unigram", model, twin),
         softmax_twin=phrase,
         baseline="the frequencies of the tokens in the training documents.",
         limits=[
@@ -76,34 +72,6 @@ def make_record(model: dict[str, Any], twin: dict[str, Any] | None, phrase: str)
         rebuild=f"python -m zoo.build.{NAME}",
         **facts(model, length),
     )
-
-
-ROWS = (
-    ("bits per byte", "lower", "bits_per_byte", 1),
-    ("perplexity of a token", "lower", "perplexity", 1),
-    ("next token right in %", "higher", "accuracy", 100),
-)
-
-
-def evaluation(model: dict[str, Any]) -> str:
-    """Return what was measured, and how sure it is."""
-    test = model["test"]
-    difference = test["difference"]
-    return (
-        f"{test['tokens']:,} tokens of {test['sequences']} documents of the test split, each "
-        "predicted from those before it in its window. The cross-entropy of a document is "
-        f"{difference['mean']:.3f} ± {difference['standard_error']:.3f} nats a token below the "
-        "baseline's (mean over documents, with its standard error)."
-    )
-
-
-def heldout_inputs(output: Path) -> dict[str, np.ndarray]:
-    """Return beginnings of test documents, on which the effect of rounding is measured."""
-    from keras_performer.models import PerformerCausalLMPreprocessor
-
-    preprocessor = PerformerCausalLMPreprocessor.from_preset(str(output / "preset"))
-    texts = [example.text[:8000] for example in load_text()["test"][:8]]
-    return preprocessor.generate_preprocess(texts, sequence_length=1024)
 
 
 if __name__ == "__main__":
