@@ -76,6 +76,30 @@ def test_a_causal_stream_equals_one_call(kind, padding, splits):
     assert_close(outputs[1], expected[1], "layer")
 
 
+@pytest.mark.parametrize("kind", ["exact_window", *slow_on_jax("performer")])
+@pytest.mark.parametrize("split", [5, *slow_on_jax(3, 12)])
+def test_a_stream_of_segments_equals_one_call(kind, split):
+    layer = make_layer(kind, rotary_max_wavelength=100)
+    x, segment_ids = make_inputs(17), np.array([[0] * 2 + [1] * 11 + [2] * 4, [3] * 17])
+    options = {"use_causal_mask": True, "return_state": True}
+    expected, _ = call(layer, x, x, segment_ids=segment_ids, **options)
+    state, outputs = None, []
+    for part in (slice(split), slice(split, 17)):
+        state = {} if state is None else {"initial_state": state}
+        output, state = call(
+            layer, x[:, part], x[:, part], segment_ids=segment_ids[:, part], **state, **options
+        )
+        outputs.append(to_numpy(output))
+    np.testing.assert_array_equal(to_numpy(state["position"]), [17, 17])
+    np.testing.assert_array_equal(to_numpy(state["segment_id"]), [2, 3])
+    assert_close(np.concatenate(outputs, axis=1), expected, "layer")
+    inputs, ids = keras.Input((None, WIDTH)), keras.Input((None,), dtype="int32")
+    spec = layer(inputs, inputs, segment_ids=ids, **options)[1]
+    assert {name: tensor.dtype for name, tensor in spec.items()} == {
+        name: keras.backend.standardize_dtype(tensor.dtype) for name, tensor in state.items()
+    } | {"segment_id": "int32"}
+
+
 @pytest.mark.parametrize("kind", sorted(set(KINDS) - {"exact_window"}))
 def test_a_bidirectional_stream_sees_each_chunk_and_those_before(kind):
     layer = make_layer(kind, rotary_max_wavelength=100)

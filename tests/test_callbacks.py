@@ -16,7 +16,14 @@ from tolerances import assert_close, assert_exact, to_numpy
 
 from keras_performer.callbacks import AttentionHealth, RedrawFeatures
 from keras_performer.callbacks._health import attention_health
-from keras_performer.feature_maps import FavorPlus, FavorPlusPlus, FeatureMap, ReLU, Trigonometric
+from keras_performer.feature_maps import (
+    FavorPlus,
+    FavorPlusPlus,
+    FeatureMap,
+    GeneralizedKernel,
+    ReLU,
+    Trigonometric,
+)
 from keras_performer.layers import PerformerAttention, PerformerEncoderBlock
 from keras_performer.layers._recording import record_attention
 from keras_performer.models import PerformerDecoderBackbone, PerformerSeq2SeqBackbone
@@ -847,3 +854,41 @@ def test_a_folder_for_scalars_needs_tensorboard(monkeypatch):
     with pytest.raises(ImportError, match=r"pip install 'keras-performer\[train\]'"):
         AttentionHealth(make_data(2)[0], log_dir="logs")
     AttentionHealth(make_data(2)[0])
+
+
+class Subclassed(keras.Model):
+    """Its layers have no weights before the first batch."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.attention = PerformerAttention(2, 4, **options)
+
+    def call(self, x):
+        return self.attention(x, x)
+
+
+@pytest.mark.filterwarnings("ignore:Head .* is beyond its features")
+def test_models_that_fit_builds_are_drawn_and_measured():
+    x = normal(4, 5, 6)
+    model = Subclassed(num_features=8)
+    model.compile("sgd", "mse")
+    health, redraw = AttentionHealth(x[:2]), RedrawFeatures(every=1)
+    model.fit(x, x, batch_size=2, epochs=1, verbose=0, callbacks=[redraw, health])
+    assert len(health.history) == 2
+    for callback, message in ((redraw, "nothing to draw"), (health, "nothing to measure")):
+        other = Subclassed(feature_map=None)
+        other.compile("sgd", "mse")
+        with pytest.raises(ValueError, match=message):
+            other.fit(x, x, batch_size=2, verbose=0, callbacks=[callback])
+
+
+@keras.saving.register_keras_serializable(package="tests")
+def squared(x):
+    return x * x
+
+
+def test_a_kernel_of_ones_own_can_be_built_within_a_training_step():
+    x = normal(4, 5, 6)
+    model = Subclassed(feature_map=GeneralizedKernel(squared))
+    model.compile("sgd", "mse")
+    assert np.isfinite(model.fit(x, x, batch_size=2, verbose=0).history["loss"]).all()

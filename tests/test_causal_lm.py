@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from gradients import call
 from marks import slow_on_jax
-from tolerances import assert_close, to_numpy
+from tolerances import assert_close, relative_rms, to_numpy
 
 from keras_performer.models import (
     PerformerCausalLM,
@@ -139,6 +139,21 @@ def test_a_beam_of_one_is_greedy_and_more_beams_are_no_worse():
     assert log_likelihood(8) >= log_likelihood(1) - 1e-4
 
 
+def test_learned_positions_end():
+    model = make_model(position_embedding="learned", max_sequence_length=8)
+    with pytest.raises(ValueError, match=r"for 8 tokens\. Received: a length of 9"):
+        model.generate("MKT", max_length=9)
+    # Padding may lie beyond them.
+    backbone, token_ids = model.backbone, make_tokens(8)
+    expected = to_numpy(call(backbone, as_inputs(token_ids)))
+    first = as_inputs(token_ids[:, :5])
+    _, state = call(backbone.call_with_state, first, backbone.initial_state(2, 8))
+    rest = np.pad(token_ids[:, 5:], ((0, 0), (0, 3)))
+    mask = np.broadcast_to(np.arange(6) < 3, (2, 6))
+    hidden, _ = call(backbone.call_with_state, as_inputs(rest, mask), state)
+    assert_close(to_numpy(hidden)[:, :3], expected[:, 5:], "layer")
+
+
 def test_a_stop_token_ends_its_row():
     model = make_model()
     inputs = model.preprocessor.generate_preprocess(PROMPTS)
@@ -181,6 +196,23 @@ def test_a_stream_of_chunks_equals_one_call(kind):
         logits, _, state = call(model.call_with_state, chunk, state)
         outputs.append(to_numpy(logits))
     assert_close(np.concatenate(outputs, axis=1), expected, "layer")
+
+
+@pytest.mark.parametrize("kind", ["reversible", *slow_on_jax("performer", "exact_window")])
+def test_a_stream_keeps_its_precision_under_mixed_ones(kind):
+    # As much as one call does: its rounding is that of activations, and the state has none.
+    length = 12
+    model = PerformerCausalLM(make_backbone(dtype="mixed_bfloat16", **KINDS[kind]))
+    exact = PerformerCausalLM(make_backbone(**KINDS[kind]))
+    exact.set_weights(model.get_weights())
+    token_ids = make_tokens(length)
+    expected = to_numpy(call(exact, as_inputs(token_ids)))
+    whole = relative_rms(call(model, as_inputs(token_ids)), expected)
+    state, outputs = model.initial_state(2, length), []
+    for t in range(length):
+        logits, _, state = call(model.call_with_state, as_inputs(token_ids[:, t : t + 1]), state)
+        outputs.append(to_numpy(logits))
+    assert 0 < relative_rms(np.concatenate(outputs, axis=1), expected) < 1.5 * whole
 
 
 @pytest.mark.parametrize("kind", ["performer", "exact_window", "learned", "softmax"])

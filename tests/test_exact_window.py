@@ -467,7 +467,7 @@ def test_ragged_rows_decode_token_by_token(implementation):
     output = to_numpy(output)
     assert_close(output[0, :13], expected[0, :13])
     assert_close(output[1, 9:], expected[1, : prompt - 9])
-    np.testing.assert_array_equal(to_numpy(state["position"]), [13, prompt - 9])
+    np.testing.assert_array_equal(to_numpy(state["window_position"]), [13, prompt - 9])
     for step in range(25):
         places = [13 + step, prompt - 9 + step]
         token = [

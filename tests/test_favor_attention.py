@@ -2,6 +2,7 @@
 
 import itertools
 
+import keras
 import numpy as np
 import oracles
 import pytest
@@ -644,3 +645,23 @@ def test_a_user_kernel_works_end_to_end():
     expected = oracles.plain_attention_loop(phi_q, phi_k, value[:, :9], causal=True)
     output = favor_attention(query, key, value, fm, causal=True)
     assert_close(output[:, :9], expected)
+
+
+@pytest.mark.skipif(
+    keras.config.backend() != "torch", reason="a gradient can be asked for its gradient there"
+)
+@pytest.mark.parametrize("length", [5, 200])
+def test_second_derivatives_are_refused_where_they_would_be_wrong(length):
+    import torch
+
+    x = torch.randn(1, length, 2, 4, requires_grad=True)
+    fm = FavorPlus(6, seed=1)
+    (gradient,) = torch.autograd.grad(
+        favor_attention(x, x, x, fm, causal=True).square().sum(), x, create_graph=True
+    )
+    if length == 5:  # one step, which is not recomputed
+        (second,) = torch.autograd.grad(gradient.square().sum(), x)
+        assert second.abs().min() > 0
+    else:
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            gradient.square().sum().backward()

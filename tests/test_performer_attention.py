@@ -317,7 +317,7 @@ def test_cross_attention_equals_numpy(length, key_length, causal):
     mask[0, key_length // 2 :] = False
     mask[:, 0] = True
     layer = make_layer(num_key_value_heads=2)
-    options = {"attention_mask": mask, "use_causal_mask": causal}
+    options = {"key_mask": mask, "use_causal_mask": causal}
     output = run(layer, *inputs, **options)
     assert_layer_close(output, oracle(layer, *inputs, key_mask=mask, causal=causal))
 
@@ -329,7 +329,6 @@ def key_mask(*shape, seed=5):
 
 
 MASK_SHAPES = {
-    "BS": (BATCH, KEY_LENGTH),
     "1S": (1, KEY_LENGTH),
     "B1S": (BATCH, 1, KEY_LENGTH),
     "B11S": (BATCH, 1, 1, KEY_LENGTH),
@@ -404,14 +403,14 @@ def test_keras_masks_are_used_and_handed_on():
 def test_keras_masks_join_attention_mask():
     layer = make_layer()
     embedding = keras.layers.Embedding(5, WIDTH, mask_zero=True)
-    ids, extra = keras.Input((None,), dtype="int32"), keras.Input((None,), dtype="bool")
+    ids, extra = keras.Input((None,), dtype="int32"), keras.Input((1, None), dtype="bool")
     hidden = embedding(ids)
     model = keras.Model([ids, extra], layer(hidden, hidden, attention_mask=extra))
     tokens = np.array([[1, 2, 3, 0, 2, 0, 0], [4, 3, 2, 1, 4, 3, 2]])
     mask = key_mask(BATCH, LENGTH)
     x = to_numpy(embedding(tokens))
     expected = oracle(layer, x, x, key_mask=mask & (tokens != 0))
-    assert_layer_close(model([tokens, mask]), expected)
+    assert_layer_close(model([tokens, mask[:, None]]), expected)
     assert relative_rms(oracle(layer, x, x, key_mask=mask), expected) > 0.01
 
 
@@ -423,6 +422,7 @@ def test_keras_masks_join_attention_mask():
         (BATCH, 4, LENGTH, KEY_LENGTH),
         (BATCH, 3, 1, KEY_LENGTH),
         (BATCH, LENGTH),
+        (BATCH, KEY_LENGTH),
         (5, KEY_LENGTH),
         (KEY_LENGTH,),
     ],
@@ -481,12 +481,11 @@ def test_a_query_without_keys_gives_zeros(options):
     x = make_inputs()
     mask = np.ones((BATCH, LENGTH), bool)
     mask[1] = False
-    output = run(layer, x, x, attention_mask=mask)
+    output = run(layer, x, x, key_mask=mask)
     assert_exact(output[1], np.zeros((LENGTH, WIDTH)))
     assert np.abs(output[0]).min(axis=-1).all()
-    causal = run(
-        layer, x, x, attention_mask=np.arange(LENGTH) >= [[3]] * BATCH, use_causal_mask=True
-    )
+    mask = np.arange(LENGTH) >= [[3]] * BATCH
+    causal = run(layer, x, x, key_mask=mask, use_causal_mask=True)
     assert_exact(causal[:, :3], np.zeros((BATCH, 3, WIDTH)))
     assert np.abs(causal[:, 3:]).max(axis=-1).all()
 
@@ -576,7 +575,7 @@ def test_scores_are_what_the_output_is_made_of(options):
     x = make_inputs()
     mask = np.ones((BATCH, LENGTH), bool)
     mask[0, 2] = mask[1, 4:6] = False  # never a whole window
-    options = {"attention_mask": mask, "use_causal_mask": True}
+    options = {"key_mask": mask, "use_causal_mask": True}
     output, scores = run(layer, x, x, return_attention_scores=True, **options)
     assert scores.shape == (BATCH, 4, LENGTH, LENGTH)
     np.testing.assert_allclose(scores.sum(axis=-1), 1.0, rtol=1e-5)
@@ -587,6 +586,18 @@ def test_scores_are_what_the_output_is_made_of(options):
     attended = np.einsum("bnts,bsnv->btnv", scores, value)
     assert_layer_close(output, numpy_output(layer, x, attended))
     assert_layer_close(output, run(layer, x, x, **options))
+
+
+@pytest.mark.parametrize(("length", "key_length"), [(5, 7), (7, 5)])
+@pytest.mark.parametrize("options", [{}, {"feature_map": None}], ids=["performer", "softmax"])
+def test_causal_scores_have_a_column_for_every_key(length, key_length, options):
+    inputs = normal(BATCH, length, WIDTH), normal(BATCH, key_length, VALUE_WIDTH)
+    layer = build(make_layer(**options), *inputs)
+    output, scores = run(layer, *inputs, use_causal_mask=True, return_attention_scores=True)
+    assert scores.shape == (BATCH, 4, length, key_length)
+    assert (scores[:, :, ~np.tri(length, key_length, dtype=bool)] == 0).all()
+    attended = np.einsum("bnts,bsnv->btnv", scores, numpy_heads(layer, *inputs)[2])
+    assert_layer_close(output, numpy_output(layer, inputs[0], attended))
 
 
 # Dropout.
@@ -631,6 +642,22 @@ def test_dropout_takes_whole_keys_of_single_heads():
     value = numpy_heads(layer, x, x)[2]
     attended = np.einsum("bnts,bsnv->btnv", scores, value)
     assert_layer_close(output, numpy_output(layer, x, attended))
+
+
+@pytest.mark.parametrize("segments", [False, True])
+def test_dropout_leaves_the_grid_of_blocks_where_it_is(segments):
+    # Nearly all keys are dropped, the first ones of rows and segments never.
+    mask = np.arange(LENGTH) >= [[0], [2]]
+    segment_ids = np.where(np.arange(LENGTH) < 4, 1, 2)[None].repeat(BATCH, 0)
+    layer = make_layer(num_key_value_heads=1, dropout=0.999, exact_window=2)
+    x = make_inputs()
+    kept = {"key_mask": (np.arange(LENGTH) == [[0], [2]])}
+    options = {"key_mask": mask}
+    if segments:
+        options["segment_ids"] = kept["segment_ids"] = segment_ids
+        kept["key_mask"] = kept["key_mask"] | (np.arange(LENGTH) == 4)
+    output = to_numpy(build(layer, x, x)(x, x, training=True, **options))
+    assert_layer_close(output[mask], to_numpy(layer(x, x, **kept))[mask])
 
 
 def test_dropout_is_drawn_for_every_call_and_keeps_the_mean():
@@ -799,7 +826,7 @@ def test_saved_model_loads_bit_equal(options, tmp_path):
     query, value, key = (keras.Input((None, d)) for d in (WIDTH, VALUE_WIDTH, KEY_WIDTH))
     mask = keras.Input((None,), dtype="bool")
     layer = make_layer(**options)
-    outputs = layer(query, value, key, attention_mask=mask, use_causal_mask=True)
+    outputs = layer(query, value, key, key_mask=mask, use_causal_mask=True)
     model = keras.Model([query, value, key, mask], outputs)
     model.save(tmp_path / "model.keras")
     keras.utils.set_random_seed(99)
@@ -841,7 +868,7 @@ def test_masks_at_their_place_in_a_functional_model():
     symbolic = layer(inputs, inputs, inputs, mask, mask, mask)
     values = key_mask(BATCH, LENGTH)
     output = keras.Model([inputs, mask], symbolic)([x, values])
-    assert_layer_close(output, run(layer, x, x, attention_mask=values))
+    assert_layer_close(output, run(layer, x, x, key_mask=values))
 
 
 @pytest.mark.parametrize(
@@ -917,6 +944,26 @@ def test_mixed_precision(dtype, causal):
     loud = to_numpy(layer(1000 * x, x, 1000 * x, **options))
     assert np.isfinite(loud).all()
     assert np.abs(loud).max() > 0
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("policy", ["mixed_", ""])
+def test_a_state_stays_float32_under_every_policy(dtype, policy):
+    x = make_inputs()
+    layer = build(make_layer(dtype=policy + dtype), x, x)
+    options = {"use_causal_mask": True, "return_state": True}
+    expected, whole = layer(x, x, **options)
+    state, outputs = layer.initial_state(BATCH), []
+    for t in range(LENGTH):
+        token = x[:, t : t + 1]
+        output, state = layer(token, token, initial_state=state, **options)
+        outputs.append(to_numpy(output))
+    error = relative_rms(np.concatenate(outputs, axis=1), expected)
+    assert error < {"float16": 2e-3, "bfloat16": 2e-2}[dtype]
+    for name in ("kv", "k_sum", "log_max"):
+        # What a token adds is rounded where it is computed, and the sum never.
+        assert keras.backend.standardize_dtype(state[name].dtype) == "float32"
+        assert relative_rms(state[name], whole[name]) < 1e-6, name
 
 
 @pytest.mark.parametrize("dtype", ["mixed_float16", "mixed_bfloat16"])

@@ -48,3 +48,8 @@ class StepMultiples:
 def step_count(model: Any) -> int:
     """The number of steps that the model's optimizer has taken."""
     return int(keras.ops.convert_to_numpy(model.optimizer.iterations))
+
+
+def is_built(model: Any) -> bool:
+    """Whether all layers have their weights; on TensorFlow `fit` builds with the first batch."""
+    return all(layer.built for layer in model._flatten_layers())

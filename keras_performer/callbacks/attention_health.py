@@ -8,7 +8,7 @@ import keras
 import numpy as np
 
 from keras_performer.callbacks._health import layer_health
-from keras_performer.callbacks._step_multiples import StepMultiples, step_count
+from keras_performer.callbacks._step_multiples import StepMultiples, is_built, step_count
 from keras_performer.layers import PerformerAttention
 from keras_performer.layers._arguments import positive_int
 from keras_performer.layers._recording import record_attention
@@ -98,21 +98,26 @@ class AttentionHealth(keras.callbacks.Callback):
         self._steps = None if isinstance(self.every, str) else StepMultiples(self.every)
         self._logs: dict[str, float] = {}
         self._writer = None
-        self._has_warned = False
+        self._has_warned = self._checked = False
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Begin a new history, and check that there is something to measure."""
-        layers = [x for x in self.model._flatten_layers() if isinstance(x, PerformerAttention)]
-        if all(layer.feature_map is None for layer in layers):
-            raise ValueError(
-                "AttentionHealth found nothing to measure: the model has no PerformerAttention "
-                f"with a feature map. Leave the callback out. Received: model {self.model.name!r}"
-            )
+        self._checked = False
+        self._check()
         self.history, self._logs, self._has_warned = [], {}, False
         if self.log_dir is not None:
             from keras_performer.callbacks._scalar_writer import ScalarWriter
 
             self._writer = ScalarWriter(self.log_dir)
+
+    def _check(self) -> None:
+        self._checked = is_built(self.model)
+        layers = [x for x in self.model._flatten_layers() if isinstance(x, PerformerAttention)]
+        if self._checked and all(layer.feature_map is None for layer in layers):
+            raise ValueError(
+                "AttentionHealth found nothing to measure: the model has no PerformerAttention "
+                f"with a feature map. Leave the callback out. Received: model {self.model.name!r}"
+            )
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Find out the step count: a checkpoint may have been restored since."""
@@ -121,6 +126,8 @@ class AttentionHealth(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Measure if the step count has passed a multiple of `every`."""
+        if not self._checked:
+            self._check()
         if self._steps is not None and self._steps.passed(self) is not None:
             self._measure()
 

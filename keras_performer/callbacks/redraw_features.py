@@ -6,7 +6,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_performer.callbacks._step_multiples import StepMultiples
+from keras_performer.callbacks._step_multiples import StepMultiples, is_built
 from keras_performer.feature_maps import FeatureMap
 from keras_performer.layers import PerformerAttention
 from keras_performer.layers._arguments import positive_int
@@ -56,10 +56,16 @@ class RedrawFeatures(keras.callbacks.Callback):
             raise ValueError(f"`seed` must be an integer of at least 0. Received: seed={seed!r}")
         self.seed = int(seed)
         self._steps = StepMultiples(self.every)
+        self._checked = False
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Check that there is something to draw."""
-        if not _random_maps(self.model):
+        self._checked = False
+        self._check()
+
+    def _check(self) -> None:
+        self._checked = is_built(self.model)
+        if self._checked and not _random_maps(self.model):
             raise ValueError(
                 "RedrawFeatures found nothing to draw: no PerformerAttention of the model has a "
                 "feature map with a random projection that is not trainable. Leave the callback "
@@ -72,6 +78,8 @@ class RedrawFeatures(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Draw if the step count has passed a multiple of `every`."""
+        if not self._checked:
+            self._check()
         step = self._steps.passed(self)
         if step is None:
             return

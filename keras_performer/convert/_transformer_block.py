@@ -31,7 +31,7 @@ class TransformerBlock(keras.layers.Layer):
         attention: dict[str, Any] | None = None,
         **kwargs: Any,
     ):
-        super().__init__(**kwargs)
+        super().__init__(autocast=False, **kwargs)  # as in `PerformerAttention`
         self.supports_masking = True
         self.intermediate_dim = intermediate_dim
         self.num_heads = num_heads
@@ -125,6 +125,7 @@ class TransformerBlock(keras.layers.Layer):
         self, x: Any, branch: Callable[[Any], Any], norm: Any, dropout: Any, training: bool | None
     ) -> Any:
         """Add a branch to x, normalised before it or after the sum."""
+        x = keras.ops.cast(x, self.compute_dtype)
         branched = dropout(branch(norm(x) if self.normalize_first else x), training=training)
         return x + branched if self.normalize_first else norm(x + branched)
 

@@ -332,13 +332,6 @@ class PerformerGPT2CausalLM(keras_hub.models.GPT2CausalLM):
     def generate_step(self, inputs: dict[str, Any], stop_token_ids: Any = None) -> dict[str, Any]:
         """Generate after a batch of prompts; see `keras_hub.models.GPT2CausalLM`."""
         batch_size, length = ops.shape(inputs["token_ids"])
-        limit = self.backbone.max_sequence_length
-        if isinstance(length, int) and length > limit:
-            raise ValueError(
-                f"This model has learned positions for {limit} tokens. Received: a length of "
-                f"{length}. Pass a smaller max_length, or use "
-                "`keras_performer.convert.extend_positions`."
-            )
 
         def read(token_ids: Any, mask: Any, state: Any) -> tuple[Any, Any, Any]:
             inputs = {"token_ids": token_ids, "padding_mask": mask}

@@ -40,7 +40,7 @@ class PerformerAttention(keras.layers.Layer):
 
         dropout: Drops whole keys, from numerator and denominator alike, afresh for each head and
             step, since there is no matrix of weights to drop from. A query whose keys are all
-            dropped gives zeros.
+            dropped gives zeros. With `exact_window` the first key of a row or segment stays.
         attention_axes: One axis; `None` on inputs of three axes. Several axes are refused.
         sliding_window: Attention becomes softmax attention within that band, exactly, in linear
             time; the feature map is not used then.
@@ -65,7 +65,7 @@ class PerformerAttention(keras.layers.Layer):
         seed: Seeds the projection and the dropout.
 
     **Call arguments** query (B, T, D), value (B, S, D'), key (B, S, D'') or None for `value`;
-    `attention_mask`, only as a mask of keys: (B, S), (B, 1, S), (B, 1, 1, S), or (B, K, 1, S)
+    `attention_mask`, only as a mask of keys: (1, S), (B, 1, S), (B, 1, 1, S), or (B, K, 1, S)
     for each head; `key_mask` and `value_mask` (B, S); `use_causal_mask`; `return_attention_scores`;
     `training`; and of our own `segment_ids`, integers (B, T), whose runs of equal ids are
     sequences packed into one row, and `positions`, integers (T,) or (B, T), for rotary positions.
@@ -128,7 +128,8 @@ class PerformerAttention(keras.layers.Layer):
         seed: int | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        # The sublayers cast their inputs. A state is never cast: it would lose what it has summed.
+        super().__init__(autocast=False, **kwargs)
         num_heads, key_dim = positive_int("num_heads", num_heads), positive_int("key_dim", key_dim)
         value_dim = optional_int("value_dim", value_dim)
         sliding_window = optional_int("sliding_window", sliding_window)
@@ -351,7 +352,8 @@ class PerformerAttention(keras.layers.Layer):
             positions = start if positions is None else positions
         if self.rotary_max_wavelength is not None:
             query, key = _rotate(query, key, mask, positions, self.rotary_max_wavelength)
-        dropped = self._drop_keys(key, mask, training)
+        dropped = self._drop_keys(key, mask, segment_ids, training)
+        key_length = ops.shape(key)[1]
         if use_causal_mask and not same_tokens:
             key, value, dropped = _align_lengths(query, key, value, dropped)
         options = {"causal": use_causal_mask, "key_mask": dropped, "segment_ids": segment_ids}
@@ -382,6 +384,7 @@ class PerformerAttention(keras.layers.Layer):
             scores = softmax_weights(query, key, **options)
         else:
             scores = favor_attention_weights(query, key, self._feature_map, **options)
+        scores = _with_length(scores, 3, key_length)
         if outer_shape is not None:
             scores = ops.reshape(scores, (*outer_shape, *ops.shape(scores)[1:]))
         return output, scores
@@ -543,12 +546,15 @@ class PerformerAttention(keras.layers.Layer):
     ) -> Any:
         """The symbolic output, without tracing the computation."""
         del key, query_mask, value_mask, key_mask, attention_mask
-        del training, segment_ids, positions
+        del training, positions
         output = keras.KerasTensor(
             self.compute_output_shape(query.shape, value.shape), dtype=self.compute_dtype
         )
         if return_state:
             state = self.compute_state_spec(query.shape[0], initial_state, use_causal_mask)
+            if segment_ids is not None:
+                dtype = keras.backend.standardize_dtype(segment_ids.dtype)
+                state["segment_id"] = keras.KerasTensor((query.shape[0],), dtype=dtype)
             return output, state
         if not return_attention_scores:
             return output
@@ -739,15 +745,17 @@ class PerformerAttention(keras.layers.Layer):
         rank = len(shape)
         fits = 2 <= rank <= 4 and shape[-1] in (length, None, 1)
         fits = fits and (shape[0] in (1, None) or batch is None or shape[0] == batch)
-        fits = fits and (rank == 2 or shape[-2] == 1)
+        # Two axes are queries and keys to `MultiHeadAttention`.
+        fits = fits and shape[-2] == 1
         fits = fits and (rank < 4 or shape[1] in (1, self.num_key_value_heads))
         if not fits:
             raise ValueError(
                 "Linear attention sums over keys once for all queries, so attention_mask can only "
-                f"be a mask of keys: (batch, {length}), (batch, 1, {length}), (batch, 1, 1, "
-                f"{length}) or (batch, {self.num_key_value_heads}, 1, {length}). For a mask that "
-                "depends on the query use use_causal_mask=True, segment_ids for packed sequences, "
-                f"or sliding_window. Received: attention_mask of shape {shape}"
+                f"be a mask of keys: (batch, 1, {length}), (batch, 1, 1, {length}) or (batch, "
+                f"{self.num_key_value_heads}, 1, {length}). Pass a mask of shape (batch, {length}) "
+                "as key_mask. For a mask that depends on the query use use_causal_mask=True, "
+                "segment_ids for packed sequences, or sliding_window. Received: attention_mask of "
+                f"shape {shape}"
             )
         mask = ops.cast(mask, "bool")
         if rank == 4:
@@ -755,7 +763,7 @@ class PerformerAttention(keras.layers.Layer):
             return mask if shape[1] == self.num_key_value_heads > 1 else ops.squeeze(mask, 1)
         return ops.squeeze(mask, 1) if rank == 3 else mask
 
-    def _drop_keys(self, key: Any, mask: Any, training: bool | None) -> Any:
+    def _drop_keys(self, key: Any, mask: Any, segment_ids: Any, training: bool | None) -> Any:
         """The mask of keys, less those that dropout takes, (B, S) or (B, K, S), or None."""
         if not training or self._seed_generator is None:
             return mask
@@ -764,6 +772,9 @@ class PerformerAttention(keras.layers.Layer):
             (batch, num_heads, length), dtype="float32", seed=self._seed_generator
         )
         kept = draw >= self.dropout
+        if self.exact_window:
+            # The blocks of a row and of a segment begin where its first key is.
+            kept = ops.logical_or(kept, ops.expand_dims(_begins(length, mask, segment_ids), 1))
         if mask is None:
             return kept
         return ops.logical_and(kept, mask if len(mask.shape) == 3 else ops.expand_dims(mask, 1))
@@ -792,6 +803,17 @@ def _first(mask: Any) -> Any:
     """The place of each row's first unmasked key (B,); 0 if there is none."""
     mask = ops.any(mask, axis=1) if len(mask.shape) == 3 else mask
     return ops.cast(ops.argmax(ops.cast(mask, "int32"), axis=1), "int32")
+
+
+def _begins(length: Any, mask: Any, segment_ids: Any) -> Any:
+    """Whether a slot is its row's first unmasked one, or its segment's first one: (B or 1, S)."""
+    first = ops.zeros((1,), "int32") if mask is None else _first(mask)
+    begins = ops.equal(ops.arange(length, dtype="int32"), ops.expand_dims(first, -1))
+    if segment_ids is None:
+        return begins
+    segment_ids = ops.convert_to_tensor(segment_ids)
+    changes = ops.not_equal(segment_ids[:, 1:], segment_ids[:, :-1])
+    return ops.logical_or(begins, ops.pad(changes, ((0, 0), (1, 0))))
 
 
 def _continue(key: Any, mask: Any, state: dict[str, Any] | None) -> tuple[Any, Any]:
@@ -838,20 +860,23 @@ def _unbatch_outer_axes(x: Any, outer_shape: tuple[Any, ...], axis: int) -> Any:
 def _align_lengths(query: Any, key: Any, value: Any, mask: Any) -> tuple[Any, Any, Any]:
     """Give keys the length of queries: later keys are never seen, missing ones are masked."""
     length, key_length = ops.shape(query)[1], ops.shape(key)[1]
-    if not (isinstance(length, int) and isinstance(key_length, int)):
-        missing = ops.maximum(length - key_length, 0)
-    elif length == key_length:
+    if isinstance(length, int) and length == key_length:
         return key, value, mask
-    else:
-        missing = max(length - key_length, 0)
     if mask is None:
         mask = ops.ones((ops.shape(key)[0], key_length), "bool")
+    mask = _with_length(mask, len(mask.shape) - 1, length)
+    return _with_length(key, 1, length), _with_length(value, 1, length), mask
 
-    def align(x: Any, axis: int) -> Any:
-        shape = [*ops.shape(x)]
-        shape[axis] = missing
-        dtype = keras.backend.standardize_dtype(x.dtype)
-        x = ops.concatenate([x, ops.zeros(shape, dtype)], axis=axis)
-        return x[(slice(None),) * axis + (slice(None, length),)]
 
-    return align(key, 1), align(value, 1), align(mask, len(mask.shape) - 1)
+def _with_length(x: Any, axis: int, length: Any) -> Any:
+    """Cut an axis to a length, or fill it up with zeros."""
+    shape = [*ops.shape(x)]
+    if not (isinstance(length, int) and isinstance(shape[axis], int)):
+        shape[axis] = ops.maximum(length - shape[axis], 0)
+    elif length == shape[axis]:
+        return x
+    else:
+        shape[axis] = max(length - shape[axis], 0)
+    dtype = keras.backend.standardize_dtype(x.dtype)
+    x = ops.concatenate([x, ops.zeros(shape, dtype)], axis=axis)
+    return x[(slice(None),) * axis + (slice(None, length),)]

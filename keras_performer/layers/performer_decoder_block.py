@@ -117,6 +117,7 @@ class PerformerDecoderBlock(PerformerBlock):
         memory = encoder_outputs if isinstance(encoder_outputs, dict) else None
         if self.cross_attention and memory is None:
             encoder_padding_mask = merge_masks(encoder_outputs, encoder_padding_mask)
+        inputs = keras.ops.cast(inputs, self.compute_dtype)
 
         def block(inputs: Any, encoder_outputs: Any = memory) -> Any:
             x, state = self.attend(

@@ -107,6 +107,7 @@ class PerformerEncoderBlock(PerformerBlock):
         **Returns** (B, T, D), or a pair of it and the state.
         """
         key_mask = merge_masks(inputs, padding_mask)
+        inputs = keras.ops.cast(inputs, self.compute_dtype)
 
         def block(inputs: Any) -> Any:
             x, state = self.attend(

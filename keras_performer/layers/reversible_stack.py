@@ -132,8 +132,14 @@ class ReversibleStack(keras.layers.Layer):
 
         **Returns** (B, T, D) and the state after these tokens.
         """
-        both = [ops.cast(inputs, _stream_dtype(inputs))] * 2
+        dtype = _stream_dtype(inputs)
+        both = [ops.cast(inputs, dtype)] * 2
         turn, after = 0, []
+
+        def add(delta: Any) -> None:
+            nonlocal turn
+            both[turn], turn = both[turn] + ops.cast(delta, dtype), 1 - turn
+
         for block, before in zip(self.blocks, state, strict=True):
             delta, new = block.attend(
                 both[1 - turn],
@@ -142,12 +148,10 @@ class ReversibleStack(keras.layers.Layer):
                 return_state=True,
                 training=False,
             )
-            both[turn], turn = both[turn] + delta, 1 - turn
+            add(delta)
             if "memory" in before:
-                both[turn] = both[turn] + block.attend_encoder(both[1 - turn], before["memory"])
-                turn = 1 - turn
-            both[turn] = both[turn] + block.feed_forward(both[1 - turn], training=False)
-            turn = 1 - turn
+                add(block.attend_encoder(both[1 - turn], before["memory"]))
+            add(block.feed_forward(both[1 - turn], training=False))
             after.append({**before, "self_attention": new})
         return ops.cast(0.5 * (both[0] + both[1]), self.compute_dtype), after
 

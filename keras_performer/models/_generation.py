@@ -28,8 +28,16 @@ def generate_tokens(
         stop_token_ids: Tokens that end a row, or None to go on to T.
 
     **Returns** The tokens (B, T), and a mask that ends after the first token that stops a row.
+
+    **Raises** ValueError if learned positions end before T.
     """
     length = ops.shape(token_ids)[1]
+    limit = getattr(model.backbone, "max_sequence_length", None)
+    if limit is not None and isinstance(length, int) and length > limit:
+        raise ValueError(
+            f"This model has learned positions for {limit} tokens. Received: a length of {length}. "
+            "Pass a smaller max_length, or a model with more positions."
+        )
     known = ops.cast(padding_mask, "bool")
     # The loop starts where the shortest prompt ends; it keeps the tokens of longer prompts.
     index = ops.min(ops.sum(ops.cast(known, "int32"), axis=-1))

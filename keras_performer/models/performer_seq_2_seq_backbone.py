@@ -102,13 +102,7 @@ class PerformerSeq2SeqBackbone(PerformerBackbone):
 
     def encode(self, token_ids: Any, padding_mask: Any) -> Any:
         """The encoder alone, in inference mode: (B, S) and (B, S) to (B, S, D)."""
-        x = self._embed(token_ids)
-        if self.reversible:
-            return self.encoder_norm(
-                self.encoder_reversible(x, padding_mask=padding_mask, training=False)
-            )
-        for layer in self.encoder_layers:
-            x = layer(x, padding_mask=padding_mask, training=False)
+        x = self._run("encoder", self._embed(token_ids), padding_mask=padding_mask, training=False)
         return self.encoder_norm(x)
 
     def initial_state(

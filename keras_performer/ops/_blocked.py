@@ -74,12 +74,15 @@ def attend(
     del runs, state
     window, length = near.window, ops.shape(query)[3]
     first = -near.positions[:, 0]
-    # Seldom: rows that are padded on the left.
-    moves = ops.any(first != 0)
-    query, key, value, key_mask = (
-        ops.cond(moves, lambda x=x, axis=axis: _moved(x, axis, first), lambda x=x: x)
-        for x, axis in ((query, 3), (key, 2), (value, 2), (key_mask, 2))
-    )
+    tensors = (query, key, value, key_mask)
+
+    def moved() -> tuple[Any, ...]:
+        return tuple(_moved(x, axis, first) for x, axis in zip(tensors, (3, 2, 2, 2), strict=True))
+
+    # Seldom: rows that are padded on the left. A GPU waits where it is asked, so once.
+    moves = None if near.unmasked else ops.any(first != 0)
+    if moves is not None:
+        query, key, value, key_mask = ops.cond(moves, moved, lambda: tensors)
     size, num_steps = _plan(length, window)
     after = 0 if causal else window
     empty = initial_carry(None, key, value, feature_map)
@@ -155,7 +158,9 @@ def attend(
         output_shapes=[(*ops.shape(arrays["query"])[1:-1], value.shape[-1] - 1)],
     )
     output = _from_blocks(output, query, window)
-    return ops.cond(moves, lambda: _moved(output, 3, -first), lambda: output), {}
+    if moves is not None:
+        output = ops.cond(moves, lambda: _moved(output, 3, -first), lambda: output)
+    return output, {}
 
 
 # Rows and blocks.

@@ -25,6 +25,8 @@ class NearField(NamedTuple):
     """Leading positions that every query sees exactly."""
     front: int
     """Slots of the state before the first query: 0 or 2 W."""
+    unmasked: bool
+    """Whether no mask was given, so that every row begins at its first slot."""
     positions: Any
     """(B, front + T), from the first unmasked token on; negative before it."""
     sinks: tuple[Any, Any, Any] | None
@@ -79,9 +81,10 @@ def begin(
         The near field, and key, value, key mask (B, K or 1, S) and runs for S = front + T slots.
     """
     batch, num_heads, length, _ = ops.shape(key)
-    if key_mask is None:
+    unmasked = key_mask is None
+    if unmasked:
         key_mask = ops.ones((batch, 1, length), "bool")
-    start = None if state is None else state["position"]
+    start = None if state is None else state["window_position"]
     positions = _positions(ops.any(key_mask, axis=1), runs, start)
     front, sinks = 0, None
     if state is not None:
@@ -96,7 +99,7 @@ def begin(
             runs = ops.concatenate([ops.zeros_like(before), runs], axis=1)
         if num_sinks:
             sinks = (state["sink_key"], state["sink_value"], state["sink_mask"])
-    near = NearField(window, num_sinks, front, positions, sinks, None, None)
+    near = NearField(window, num_sinks, front, unmasked, positions, sinks, None, None)
     if return_state:
         belongs, last, following = _ending(near, key_mask, runs)
         # The first position that the next token sees in its own and the last block.
@@ -119,7 +122,7 @@ def finish(near: NearField, key: Any, value: Any, key_mask: Any) -> dict[str, An
         "window_mask": ops.logical_and(
             _mask_of_heads(take_slots(key_mask, slots), key), ops.expand_dims(kept, 1)
         ),
-        "position": following,
+        "window_position": following,
     }
     if near.num_sinks:
         at_last = ops.expand_dims(last, -1)
@@ -189,7 +192,7 @@ def remembered(state: dict[str, Any], window: int) -> tuple[Any, Any, Any]:
         return state["window_key"], state["window_value"], state["window_mask"]
     # A sink that still has a slot in the window counts once.
     sinks = ops.arange(ops.shape(state["sink_mask"])[2], dtype="int32")
-    gone = ops.expand_dims(sinks < ops.expand_dims(state["position"] - 2 * window, -1), 1)
+    gone = ops.expand_dims(sinks < ops.expand_dims(state["window_position"] - 2 * window, -1), 1)
     masks = (state["window_mask"], ops.logical_and(state["sink_mask"], gone))
     return (
         ops.concatenate([state["window_key"], state["sink_key"]], axis=2),
@@ -208,7 +211,7 @@ def empty(
     dtype: str,
 ) -> dict[str, Any]:
     """What an empty causal state of (B, K) heads holds beside the sums."""
-    state = {"position": ops.zeros(heads[:1], "int32")}
+    state = {"window_position": ops.zeros(heads[:1], "int32")}
     for name, count in (("window", 2 * window), ("sink", num_sinks)):
         if count:
             state[f"{name}_key"] = ops.zeros((*heads, count, head_dim), dtype)

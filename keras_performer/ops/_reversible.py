@@ -239,6 +239,7 @@ def _torch_function() -> Any:
             return (*results[:2], *after)
 
         @staticmethod
+        @torch.autograd.function.once_differentiable
         def backward(ctx: Any, *grads: Any) -> Any:
             saved = ctx.saved_tensors
             found = ctx.backward(saved, grads[:2])

@@ -163,6 +163,7 @@ def _torch_function() -> Any:
             return (*(t.view_as(t) for t in last), *ys)
 
         @staticmethod
+        @torch.autograd.function.once_differentiable
         def backward(ctx: Any, *grads: Any):
             num_carry, num_xs = ctx.sizes
             saved = ctx.saved_tensors  # which checkpointing lets a backward pass read once

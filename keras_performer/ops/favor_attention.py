@@ -76,10 +76,10 @@ def favor_attention(
     it and the state: a dictionary of `kv` (B, K, M, V), `k_sum` (B, K, M) and `log_max` (B, K, M),
     which stand for the sums `exp(log_max) * kv` and `exp(log_max) * k_sum` over keys, and with
     `segment_ids` also `segment_id` (B,), the segment that they belong to. Causal with an exact
-    window it also holds `position` (B,), the number of tokens seen, and the keys that the next
-    token sees exactly, which the sums leave out: `window_key` (B, K, 2W, H), `window_value`
-    (B, K, 2W, V), `window_mask` (B, K, 2W), and `sink_key`, `sink_value` and `sink_mask` of s
-    slots. Bidirectionally the sums are of all keys. Its size does not depend on S.
+    window it also holds `window_position` (B,), the number of tokens seen of the last segment, and
+    the keys that the next token sees exactly, which the sums leave out: `window_key` (B, K, 2W, H),
+    `window_value` (B, K, 2W, V), `window_mask` (B, K, 2W), and `sink_key`, `sink_value` and
+    `sink_mask` of s slots. Bidirectionally the sums are of all keys. Its size does not depend on S.
 
     **Masking** A masked key leaves the numerator and the denominator; what it holds, NaN included,
     does not matter. A query that sees no key gives zeros. The state skips masked keys. With an
@@ -90,8 +90,11 @@ def favor_attention(
     **Precision** Features, sums and quotients are float32 whatever the input type, float64 for
     float64. No epsilon is added. The gradient treats `log_max` as a constant, so differentiate
     functions of `exp(log_max) * kv`, which do not depend on it. Of 16-bit tensors the fused kernels
-    round the factors of products to ten bits of mantissa. Their gradient cannot be differentiated
-    again.
+    round the factors of products to ten bits of mantissa. On TPUs and recent GPUs JAX and
+    TensorFlow do so to float32 too, as everywhere in a model, unless
+    `jax.config.update("jax_default_matmul_precision", "highest")` or
+    `tf.config.experimental.enable_tensor_float_32_execution(False)` says otherwise. The gradients
+    of the fused kernels, and on PyTorch all of them, cannot be differentiated again.
 
     **Cost** O(T N M (H + V)) time; causal and packed attention add O(T C N (M + V)) for chunks of C
     tokens, and a window of W tokens O(T N C (H + V + M)) for C = max(128, 2 W) + 4 W (causal 2 W).
@@ -215,7 +218,7 @@ def _attend_with_window(
     kept: dict[str, Any] = {}
     if state is not None and "window_key" in state:
         # To tokens of other positions all its keys are far.
-        kept = {n: state[n] if n == "position" else ops.zeros_like(state[n]) for n in state}
+        kept = {n: state[n] if n == "window_position" else ops.zeros_like(state[n]) for n in state}
         state = absorb(_near_field.remembered(state, exact_window), state)
     near, keys, values, mask, runs = begin(None, False)
     options = {"causal": False, "key_mask": mask, "runs": runs, "state": state, "near": near}
@@ -483,7 +486,7 @@ def _check_state(
             "pass the same exact_window. Received: exact_window=None"
         )
     if window is not None and (causal or "window_key" in state):
-        expected["position"] = (heads[0],)
+        expected["window_position"] = (heads[0],)
         for name, count in (("window", 2 * window[0]), ("sink", window[1])):
             if count:
                 expected[f"{name}_key"] = (*heads, count, head_dim)
@@ -494,7 +497,7 @@ def _check_state(
             f"initial_state must be a state that favor_attention returned, with {sorted(expected)}."
             f" Received: initial_state={state!r}"
         )
-    types = {"position": "int32", "window_mask": "bool", "sink_mask": "bool"}
+    types = {"window_position": "int32", "window_mask": "bool", "sink_mask": "bool"}
     tensors = {
         name: ops.cast(ops.convert_to_tensor(state[name]), types.get(name, dtype))
         for name in expected

@@ -80,7 +80,7 @@ def softmax_attention(
             "Softmax attention with a state takes a key_mask (batch, length) and no segment_ids. "
             f"Received: {', '.join(name for name, mask in masks.items() if mask is not None)}"
         )
-    capacity, length = initial_state["key"].shape[1], query.shape[1]
+    capacity, length = ops.shape(initial_state["key"])[1], query.shape[1]
     if key_mask is None:
         key_mask = ops.ones(ops.shape(key)[:2], "bool")
     keys, values, mask = (
