@@ -27,12 +27,24 @@ def compiled_functions_end_with_their_module():
 @pytest.fixture
 def eager(monkeypatch):
     """TensorFlow takes longer to compile than to run a few steps as they are; JAX does not."""
+    compile_eagerly(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def eager_module():
+    """The same for all of a module, and for its fixtures."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        compile_eagerly(monkeypatch)
+        yield
+
+
+def compile_eagerly(monkeypatch):
     compile_model = keras.Model.compile
 
-    def compile_eagerly(self, *args, **kwargs):
+    def compile_model_eagerly(self, *args, **kwargs):
         compile_model(self, *args, **kwargs, run_eagerly=keras.config.backend() == "tensorflow")
 
-    monkeypatch.setattr(keras.Model, "compile", compile_eagerly)
+    monkeypatch.setattr(keras.Model, "compile", compile_model_eagerly)
 
 
 def pytest_collection_modifyitems(items):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from killing import assert_same_curves, killed_and_whole, needs_kill
 from tolerances import assert_close
 
 from keras_performer.models import PerformerCausalLM, PerformerDecoderBackbone
@@ -128,18 +129,40 @@ def test_the_job_learns_writes_and_generates(tmp_path):
     assert written[:5] == "\nabcd" and len(written) > 5
 
 
+@needs_kill
 @pytest.mark.slow_on_jax
-def test_byte_pairs_are_learned_from_the_training_documents(tmp_path):
+@pytest.mark.slow_on_tensorflow
+def test_a_process_that_is_killed_in_an_epoch_goes_on(tmp_path):
+    changes = {
+        **SMALL,
+        "model.dropout": 0.2,
+        "training.steps": 12,
+        "training.steps_per_epoch": 4,
+        "training.accumulate": 2,
+        "training.redraw_features_every": 3,
+    }
+    options = [f"--set={key}={value}" for key, value in changes.items()]
+    text = write_text(tmp_path / "t.txt")
+    options = [f"--config={CONFIG}", f"--file={text}", *options]
+    killed, whole = killed_and_whole("causal_lm", options, tmp_path)
+    assert_same_curves(killed, whole)
+    figures = (metrics["test"]["model"]["cross_entropy"] for metrics in (killed, whole))
+    assert next(figures) == pytest.approx(next(figures), abs=1e-5)
+
+
+@pytest.mark.slow_on_jax
+def test_byte_pairs_are_learned_from_the_training_documents_in_mixed_precision(tmp_path):
     text = write_text(tmp_path / "t.txt")
     options = [f"--set={override}" for override in [*OVERRIDES, "data.vocabulary_size=280"]]
     few = ["--set=training.steps=20", "--set=training.learning_rate=3e-2"]
+    few.append("--set=training.precision=mixed_bfloat16")
     metrics = main([f"--config={CONFIG}", f"--file={text}", f"--output={tmp_path}", *options, *few])
     model, unigram = metrics["test"]["model"], metrics["test"]["unigram"]
     num_bytes = model["cross_entropy"] * metrics["test"]["tokens"] / np.log(2)
     num_bytes /= model["bits_per_byte"]
     assert metrics["test"]["tokens"] < 0.7 * num_bytes  # pairs were merged
     assert model["bits_per_byte"] < unigram["bits_per_byte"]
-    reloaded = PerformerCausalLM.from_preset(str(tmp_path / "preset"))
+    reloaded = PerformerCausalLM.from_preset(str(tmp_path / "preset"), dtype="float32")
     tokenizer = reloaded.preprocessor.tokenizer
     assert tokenizer.vocabulary_size() == 280
     for line in ("abcdefg\n", "Grüße, 東京 🧬"):
@@ -171,6 +194,36 @@ def test_each_set_of_texts_is_read_as_text(source, monkeypatch):
     corpus = causal_lm.read_corpus(config, None, None)
     assert (corpus.kind, corpus.source) == ("text", source)
     assert corpus.test == [f"{source} test" * 99]
+
+
+def test_a_tfds_set_is_read_without_labels(monkeypatch):
+    splits = {name: [Example(name, f"tfds {name}" * 99)] for name in SPLITS}
+    read = []
+    monkeypatch.setattr(causal_lm, "load_tfds", lambda *a, **k: read.append((a, k)) or splits)
+    options = [*OVERRIDES, "data.source=tfds:wiki40b/en", "data.text_field=body"]
+    corpus = causal_lm.read_corpus(load_config(Config, CONFIG, options), None, None)
+    assert read == [(("wiki40b/en", "body"), {"label_field": None})]
+    assert (corpus.kind, corpus.source) == ("text", "tfds:wiki40b/en")
+    assert corpus.train == ["tfds train" * 99]
+
+
+def test_the_field_of_a_file_can_be_named(tmp_path):
+    rows = (json.dumps({"body": f"{i} " * 99}) + "\n" for i in range(90))
+    (tmp_path / "t.jsonl").write_text("".join(rows), encoding="utf-8")
+    config = load_config(Config, CONFIG, [*OVERRIDES, "data.text_field=body"])
+    corpus = causal_lm.read_corpus(config, tmp_path / "t.jsonl", None)
+    assert len(corpus.train) + len(corpus.validation) + len(corpus.test) == 90
+
+
+def test_shipped_configs_can_be_read_and_say_how_to_run_them():
+    known = {}
+    for path in sorted(CONFIG.parent.glob("*.toml")):
+        text = path.read_text(encoding="utf-8")
+        if f"-m training.causal_lm --config training/configs/{path.name}" in text:
+            known[path.stem] = load_config(Config, path)
+    assert set(known) == {"protein_causal_lm", "text_causal_lm", "text_causal_lm_bytes"}
+    long = known["text_causal_lm_bytes"]
+    assert long.model.reversible and long.data.vocabulary_size == 0
 
 
 def test_figures_agree_with_a_calculation_by_hand():
@@ -222,6 +275,8 @@ def test_bad_input_ends_with_one_sentence_before_any_training(
     monkeypatch.setattr(causal_lm, "train", lambda *_: pytest.fail("training started"))
     arguments = [f"--config={CONFIG}", f"--output={tmp_path}", "--set=data.source=sample"]
     arguments.append("--set=data.vocabulary_size=0")
+    (tmp_path / "metrics.json").write_text("{}", encoding="utf-8")
     with pytest.raises(SystemExit, match=message) as error:
         main([*arguments, *options])
     assert re.match("error: [^\n]*$", str(error.value))
+    assert (tmp_path / "metrics.json").is_file()  # of a finished run

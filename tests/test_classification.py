@@ -167,7 +167,7 @@ def write_documents(path):
     return path
 
 
-def test_images_run_pixel_by_pixel(tmp_path, eager):
+def test_images_run_pixel_by_pixel_in_mixed_precision(tmp_path, eager):
     rng = np.random.default_rng(5)
     rows = []
     for i in range(120):
@@ -177,12 +177,15 @@ def test_images_run_pixel_by_pixel(tmp_path, eager):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     metrics = main(
         [f"--config={CONFIGS / 'digits.toml'}", f"--file={file}", f"--output={tmp_path / 'run'}",
-         *overrides(**{"training.learning_rate": 3e-2})]
+         *overrides(**{"training.learning_rate": 3e-2, "training.precision": "mixed_bfloat16"})]
     )  # fmt: skip
     assert metrics["test"]["model"]["accuracy"] > 0.9
     assert metrics["reload_max_abs_difference"] <= 1e-5
-    model = PerformerSequenceClassifier.from_preset(str(tmp_path / "run" / "preset"))
+    model = PerformerSequenceClassifier.from_preset(
+        str(tmp_path / "run" / "preset"), dtype="float32"
+    )
     assert model.preprocessor is None and model.backbone.vocabulary_size == 256 + 4
+    assert {weight.dtype for weight in model.trainable_weights} == {"float32"}
 
 
 @pytest.mark.parametrize(
@@ -264,7 +267,10 @@ def test_long_texts_are_cropped_by_kind():
 
 
 def test_inputs_have_start_and_end_and_end_with_the_longest():
-    config = load(PROTEINS, **{"data.sequence_length": 12, "data.length_multiple": 4})
+    config = load(
+        PROTEINS,
+        **{"data.sequence_length": 12, "data.length_multiple": 4, "data.bucket_batches": 3},
+    )
     part = Part(["MK", "ACDEF", "A" * 6 + "C" * 30 + "D" * 6], np.zeros(3, "int32"))
     corpus = Corpus("proteins", "", ["a", "b"], {}, "")
     tokenizer = ProteinTokenizer()

@@ -95,6 +95,7 @@ def test_attentions_are_compared_once_and_more_can_be_added(proteins, tmp_path, 
     assert json.loads((output / "comparison.json").read_text(encoding="utf-8")) == results
     assert results["headline"] == {"figure": "q8", "better": "higher"}
     page = (output / "comparison.md").read_text(encoding="utf-8")
+    assert f"| tokens, at most | {6 * 16 * 24:,} |" in page
     for name in ("softmax", "performer"):
         metrics = json.loads((output / name / "metrics.json").read_text(encoding="utf-8"))
         assert metrics["config"]["model"]["attention"] == name

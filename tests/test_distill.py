@@ -9,6 +9,7 @@ import keras
 import keras_hub
 import numpy as np
 import pytest
+from teachers import LETTERS, save_teacher
 from tolerances import assert_exact, to_numpy
 
 import keras_performer
@@ -18,8 +19,6 @@ from training.benchmarks import conversion
 from training.distill import STAGES, compare, main, targets
 
 CONFIG = Path(__file__).parent.parent / "training" / "configs" / "antibody_distill.toml"
-LETTERS = "ACDEFG"
-TOKENS = ["<s>", "<pad>", "</s>", "<unk>", *LETTERS, "<mask>"]
 SMALL = {
     "data.num_masks": 3,
     "data.heldout_sequences": 8,
@@ -41,25 +40,7 @@ SMALL = {
 def files(tmp_path_factory):
     """A small RoBERTa with a token for each letter, and sequences of these letters."""
     folder = tmp_path_factory.mktemp("files")
-    keras.utils.set_random_seed(1)
-    tokenizer = keras_hub.models.RobertaTokenizer(
-        {token: i for i, token in enumerate(TOKENS)}, merges=["#version: 0.2"]
-    )
-    model = keras_hub.models.RobertaMaskedLM(
-        keras_hub.models.RobertaBackbone(
-            vocabulary_size=len(TOKENS),
-            num_layers=1,
-            num_heads=2,
-            hidden_dim=6,
-            intermediate_dim=7,
-            dropout=0.1,
-            max_sequence_length=16,
-        ),
-        keras_hub.models.RobertaMaskedLMPreprocessor(tokenizer, sequence_length=16),
-    )
-    rng = np.random.default_rng(2)
-    model.set_weights([0.5 * rng.normal(size=w.shape) for w in model.get_weights()])
-    model.save_to_preset(str(folder / "preset"))
+    rng = save_teacher(folder / "preset", dropout=0.1)
     sequences = {"".join(rng.choice(list(LETTERS), rng.integers(8, 15))) for _ in range(120)}
     # One too short, one too long, one with a letter that the model does not know.
     sequences |= {"AC", "A" * 15, "ACDEFGW"}
@@ -80,23 +61,10 @@ def arguments(files, output, *options, **changes):
     ]
 
 
-def run_eagerly(patch):
-    """TensorFlow takes longer to compile than to run a few steps as they are."""
-    compile_model = keras.Model.compile
-    eager = keras.config.backend() == "tensorflow"
-    patch.setattr(
-        keras.Model,
-        "compile",
-        lambda self, *args, **kwargs: compile_model(self, *args, **kwargs, run_eagerly=eager),
-    )
-
-
 @pytest.fixture(scope="module")
-def finished(files, tmp_path_factory):
+def finished(files, tmp_path_factory, eager_module):
     output = tmp_path_factory.mktemp("run")
-    with pytest.MonkeyPatch.context() as patch:
-        run_eagerly(patch)
-        return main(arguments(files, output)), output
+    return main(arguments(files, output)), output
 
 
 @pytest.mark.slow_on_jax
@@ -124,7 +92,6 @@ def test_a_model_is_converted_calibrated_tuned_and_saved(files, finished):
 
 @pytest.mark.slow_on_jax
 def test_a_killed_run_goes_on_after_its_calibration(files, finished, tmp_path, monkeypatch):
-    run_eagerly(monkeypatch)
     begin = loop._begin_epoch
 
     def kill(trainer, batches, seed, epoch):
@@ -191,6 +158,11 @@ def test_stages_are_paired_and_frequencies_scored_by_hand():
         (["--set=training.batch_size=400"], "left to train on, fewer than one batch of 400"),
         (["--set=conversion.exact_windows=4"], r"Did you mean 'conversion\.exact_window'"),
         (["--set=conversion.exact_window=0", "--set=conversion.num_sink_tokens=2"], "exact_window"),
+        (
+            ["--set=training.redraw_features_every=2"],
+            r"'training\.redraw_features_every' must be 0",
+        ),
+        (["--set=training.patience=1", "--set=training.validation_sequences=7"], "fewer than two"),
         (["--preset=nothing"], "nothing: there is no such folder"),
         (["--fasta=nothing"], "nothing"),
         (["--distribution=data"], "two models"),

@@ -1,5 +1,6 @@
 import importlib
 import random
+import re
 
 import pytest
 
@@ -37,17 +38,22 @@ def test_every_protein_is_in_the_split_of_its_sequence(fasta, tmp_path):
     assert all(split_of(row["sequence"]) == split for split in SPLITS for row in splits[split])
 
 
-def test_clusters_stay_whole(fasta, tmp_path):
+@pytest.mark.parametrize("name", ["{}", "sp|{}|X_HUMAN", "gnl|db|{}"])
+def test_clusters_stay_whole(name, fasta, tmp_path):
+    text = re.sub(r">(p\d+)", lambda match: ">" + name.format(match[1]), fasta.read_text("utf-8"))
+    fasta.write_text(text, encoding="utf-8")
     clusters = tmp_path / "clusters.tsv"
     table = "".join(f"p{i // 3 * 3}\tp{i}\n" for i in range(90))
     clusters.write_text(table, encoding="utf-8")
     options = {"data_dir": tmp_path / "tfds", "file_format": "array_record"}
     splits = read(fasta_dataset(fasta, clusters, **options))
     for split in SPLITS:
-        names = [int(row["name"][1:]) for row in splits[split]]
+        names = [int(row["description"].removeprefix("about ")) for row in splits[split]]
         assert names and all(split_of(f"p{i // 3 * 3}") == split for i in names)
     clusters.write_text(table.replace("p3\tp4\n", ""), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"must be in a cluster.*'p4'"):
+    with pytest.raises(
+        ValueError, match=rf"must be in a cluster.*'{re.escape(name.format('p4'))}'"
+    ):
         read(fasta_dataset(fasta, clusters, **options))
 
 

@@ -16,6 +16,7 @@ import keras
 import numpy as np
 import pytest
 from marks import slow_on_jax
+from teachers import LETTERS, save_teacher
 
 import training.loop
 
@@ -59,6 +60,20 @@ RECIPES = {
         {"data.source": "localisation", **FIELDS, **BUCKETS, "head.hidden_dim": 8},
     ),
     "residue_labels": ("proteins", {"data.states": 8, "data.text_field": "text", **BUCKETS}),
+    "distill": (
+        "teacher",
+        {
+            "data.num_masks": 3,
+            "data.heldout_sequences": 4,
+            "conversion.source": "sapiens-heavy",
+            "conversion.num_features": 8,
+            "conversion.exact_window": 2,
+            "conversion.feature_map_steps": 0,
+            "conversion.feature_map_rate": 1.0,
+            "conversion.attention_steps": 0,
+            "conversion.attention_rate": 1.0,
+        },
+    ),
 }
 
 
@@ -67,20 +82,23 @@ class Trained(Exception):  # noqa: N818 - nothing went wrong
 
 
 def write_data(kind, folder):
-    letters, states = "ACDEFGHIKLMNPQRSTVWY", "HGIEBTSC"
+    letters, spread, states = "ACDEFGHIKLMNPQRSTVWY", 37, "HGIEBTSC"
+    if kind == "teacher":
+        save_teacher(folder / "teacher", dropout=0.0)
+        letters, spread = LETTERS, 7
     rows = []
     for i in range(60):
-        sequence = [letters[(i + j * (i % 7)) % 20] for j in range(8 + 5 * i % 37)]
+        sequence = [letters[(i + j * (i % 7)) % len(letters)] for j in range(8 + 5 * i % spread)]
         labels = "".join(states[letters.index(letter) % 8] for letter in sequence)
         rows.append({"text": "".join(sequence), "labels": labels, "kind": "ab"[i % 2]})
         if kind == "list_ops":
             digits = [str((i + j * (i % 7)) % 10) for j in range(2 + 5 * i % 37)]
             rows[-1]["text"] = " ".join(["[MIN", *digits, "]"])
-    if kind == "fasta":
+    if kind in ("fasta", "teacher"):
         lines = [f">P{i}\n{row['text']}\n" for i, row in enumerate(rows)]
     else:
         lines = [json.dumps(row) + "\n" for row in rows]
-    path = folder / f"data.{'fasta' if kind == 'fasta' else 'jsonl'}"
+    path = folder / "data.jsonl"
     path.write_text("".join(lines), encoding="utf-8")
     return path
 
@@ -116,9 +134,15 @@ def curve(recipe, folder, monkeypatch):
 
     monkeypatch.setattr(training.loop, "fit", fit_and_end)
     kind, changes = RECIPES[recipe]
-    flag = "--fasta" if kind == "fasta" else "--file"
+    flag = "--fasta" if kind in ("fasta", "teacher") else "--file"
     (folder / "c.toml").write_text("", encoding="utf-8")
-    options = [f"--set={key}={json.dumps(value)}" for key, value in {**COMMON, **changes}.items()]
+    values = {**COMMON, **changes}
+    options = []
+    if kind == "teacher":  # whose shape and length are its own
+        own = ("model.", "data.sequence_length")
+        values = {key: value for key, value in values.items() if not key.startswith(own)}
+        options = [f"--preset={folder / 'teacher'}"]
+    options += [f"--set={key}={json.dumps(value)}" for key, value in values.items()]
     with pytest.raises(Trained) as trained:
         importlib.import_module(f"training.{recipe}").main(
             [f"--config={folder / 'c.toml'}", f"--output={folder / 'run'}",

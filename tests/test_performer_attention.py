@@ -299,10 +299,10 @@ def test_layer_equals_numpy(name, causal):
     layer = make_layer(**OPTIONS[name])
     x = make_inputs()
     build(layer, x, x)
-    if layer.qk_norm:  # its scales start at one
+    if layer.qk_norm:  # with the factor of the layer, its scales start at one
         for w in layer.weights:
             if w.path.endswith("norm/scale"):
-                assert_exact(w, np.ones(6))
+                assert_close(w, np.full(6, 6**0.25))
                 w.assign(1 + normal(6, seed=len(w.path), scale=0.2))
     output = run(layer, x, x, use_causal_mask=causal)
     assert_layer_close(output, oracle(layer, x, x, causal=causal))
@@ -709,13 +709,13 @@ def test_qk_norm_makes_norms_of_inputs_irrelevant_and_learns_its_scales():
     output = run(layer, x, value, x)
     np.testing.assert_allclose(run(layer, 50 * x, value, 7 * x), output, rtol=1e-4, atol=1e-4)
     q, _, _ = numpy_heads(layer, x, value, x)
-    np.testing.assert_allclose(np.sum(q**2, axis=-1), 6**0.5, rtol=1e-4)
+    np.testing.assert_allclose(np.sum(q**2, axis=-1), 6, rtol=1e-4)
     inputs = keras.Input((None, WIDTH))
     model = keras.Model(inputs, layer(inputs, inputs))
     model.compile("sgd", "mse")
     model.fit(x, value, epochs=1, verbose=0)
     for path in ("/query_norm/scale", "/key_norm/scale"):
-        assert np.abs(weight(layer, path) - 1).max() > 1e-7
+        assert np.abs(weight(layer, path) - 6**0.25).max() > 1e-6
     assert [w.path.split("/")[-2] for w in layer.non_trainable_weights] == ["feature_map"]
 
 

@@ -30,6 +30,7 @@ from training.protein_masked_lm import (
     sequences_sha256,
     tokenize,
 )
+from training.results import finish
 
 BACKEND = keras.config.backend()
 AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
@@ -76,7 +77,7 @@ def fasta(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(fasta, tmp_path_factory):
     output = tmp_path_factory.mktemp("runs") / "new" / "run"
-    return run(fasta, output), output
+    return run(fasta, output, **{"training.precision": "mixed_bfloat16"}), output
 
 
 def test_the_job_learns_and_writes_what_it_says(finished, fasta):
@@ -94,7 +95,9 @@ def test_the_job_learns_and_writes_what_it_says(finished, fasta):
         assert (output / "saved_model").is_dir() and (output / "model.tflite").is_file()
         assert max(exports.values()) < 1e-4
     assert not (output / "backup").exists()
-    model = PerformerMaskedLM.from_preset(str(output / "preset"))
+    if importlib.util.find_spec("tensorflow") is not None:  # Keras writes them with it
+        assert list((output / "tensorboard").rglob("events.*"))
+    model = PerformerMaskedLM.from_preset(str(output / "preset"), dtype="float32")
     assert model.preprocessor.sequence_length == SMALL["data.sequence_length"]
     assert model.preprocessor(["MKTAY"])[0]["token_ids"].shape == (1, 48)
 
@@ -147,6 +150,10 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(fasta, tmp_path, monkey
         prepare_output(output, other, digest)
     with pytest.raises(ValueError, match="unfinished run with another config or other data"):
         prepare_output(output, config, sequences_sha256(heldout, proteins))
+    # A key that was not there yet when the run began has its default.
+    record = json.loads((output / "run.json").read_text(encoding="utf-8"))
+    del record["config"]["training"]["patience"]
+    (output / "run.json").write_text(json.dumps(record), encoding="utf-8")
 
     die = False
     assert prepare_output(output, config, digest) == output
@@ -188,6 +195,11 @@ def test_a_process_that_is_killed_in_an_epoch_goes_on(fasta, tmp_path):
         (None, ["--set=training.steps=many"], r"'training\.steps' must be of type int"),
         (None, ["--config=nothing.toml"], r"nothing\.toml: there is no such config"),
         (None, ["--set=model.num_heads=3"], "hidden_dim=128, num_heads=3"),
+        (
+            None,
+            ["--set=training.patience=1", "--set=training.validation_proteins=510"],
+            "1 of 511 held-out proteins are left to score",
+        ),
         (None, ["--set=data.sequence_length=8"], r"'data\.sequence_length' must be at least 16"),
     ],
 )
@@ -212,6 +224,51 @@ def test_an_output_that_cannot_be_written_and_a_late_backend(tmp_path, monkeypat
     monkeypatch.setenv("KERAS_BACKEND", BACKEND)
     with pytest.raises(SystemExit, match=f"already runs on {BACKEND}"):
         main([f"--output={tmp_path / 'run'}", f"--backend={other}"])
+
+
+@pytest.mark.slow_on_jax
+def test_patience_and_the_figures_see_different_proteins(fasta, tmp_path, monkeypatch, eager):
+    seen = []
+
+    def stop(trainer, baseline, batch, batch_size):
+        seen.append(batch)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(protein_masked_lm, "compare", stop)
+    few = {"training.steps": 2, "training.steps_per_epoch": 2, "training.warmup_steps": 0}
+    for patience in (0, 1):
+        with pytest.raises(KeyboardInterrupt):
+            run(fasta, tmp_path / str(patience), **few, **{"training.patience": patience})
+    (everything, _, _), (scored, _, _) = seen
+    for name, array in everything.items():
+        np.testing.assert_array_equal(scored[name], array[SMALL["training.validation_proteins"] :])
+
+
+class Exports:
+    """What `export_all` calls, in place of an export that cannot be had or is wrong."""
+
+    def __init__(self, model, path, format):
+        if format == "litert":
+            raise ValueError("no kernel for this operation")
+
+
+def test_an_export_that_fails_is_told_and_costs_no_figures(tmp_path, monkeypatch):
+    monkeypatch.setattr("keras_performer.export", Exports)
+    monkeypatch.setattr(protein_masked_lm, "run_saved_model", lambda path, x: np.full((2, 3), 0.5))
+    console = Console(file=io.StringIO())
+    found = protein_masked_lm.export_all(None, tmp_path, {}, np.zeros((2, 3)), console)
+    assert found == {"tf_saved_model": 0.5, "litert": None}
+    assert "No litert: no kernel for this operation" in console.file.getvalue()
+    (tmp_path / "backup").mkdir()
+    metrics = {"seconds": 1.0, "reload_max_abs_difference": 0.0, "export_max_abs_difference": found}
+    with pytest.raises(RuntimeError, match=r"the tf_saved_model export by 5\.00e-01.*TF32"):
+        finish(tmp_path, metrics, console)
+    assert json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8")) == metrics
+    assert (tmp_path / "backup").is_dir()
+    with pytest.raises(RuntimeError, match="the reloaded preset by nan"):
+        finish(tmp_path, {"seconds": 1.0, "reload_max_abs_difference": np.nan}, console)
+    finish(tmp_path, {"seconds": 1.0, "reload_max_abs_difference": 1e-6}, console)
+    assert not (tmp_path / "backup").exists()
 
 
 def masked(always_mask):

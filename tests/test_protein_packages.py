@@ -145,3 +145,7 @@ def test_pretraining_leaves_out_what_localisation_is_scored_on(monkeypatch):
     monkeypatch.setattr(protein_sources, "localisation_heldout", lambda: heldout)
     assert protein_sources.metastudent_for_pretraining() == proteins[2:]
     assert protein_sources.PACKAGES["metastudent"] is protein_sources.metastudent_for_pretraining
+    names = ("sp|A|A_HUMAN", "tr|B|B_HUMAN", "tr|C|C_HUMAN")
+    proteins = [Protein(name, "", sequence) for name, sequence in zip(names, "KLM", strict=True)]
+    monkeypatch.setattr(protein_sources, "load_mmseqs2_examples", lambda: proteins)
+    assert protein_sources.PACKAGES["mmseqs2_examples"]() == proteins[2:]

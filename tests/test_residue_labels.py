@@ -127,7 +127,9 @@ def test_three_states_and_a_baseline(chains, tmp_path, eager):
 
 
 def test_a_batch_lays_each_state_beside_its_residue():
-    config = load(**{"data.sequence_length": 8, "data.length_multiple": 3})
+    config = load(
+        **{"data.sequence_length": 8, "data.length_multiple": 3, "data.bucket_batches": 3}
+    )
     texts = [("ACDEFGHIKLMNP", "HHHGGGEEETTTS"), ("MKV", "C-C"), ("MKVAW", "HGIEB")]
     parts = read_chains([Example("", *row) for row in texts], 8, "")
     assert parts.windows(6) == [(0, 0), (0, 6), (0, 12), (1, 0), (2, 0)]
@@ -200,6 +202,7 @@ GOOD = [("MKV" + "A" * i, "HHH" + "E" * i) for i in range(60)]
         (GOOD, ["--set=data.label_field=dssp"], r"there must be a text or number in 'dssp'"),
         (GOOD, ["--set=training.batch_size=99"], "proteins are left to train on, fewer than one"),
         (GOOD, ["--set=data.states=4"], r"'data\.states' must be 8 or 3"),
+        (GOOD, ["--set=data.length_multiple=8"], r"'data\.bucket_batches' must be at least 3"),
         (GOOD, ["--set=data.state=3"], r"no key 'data\.state'.*'data\.states'"),
         (GOOD, ["--preset=nothing"], "nothing"),
     ],

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from killing import assert_same_curves, killed_and_whole, needs_kill
 
 from keras_performer.models import PerformerMaskedLM
 from training import classification, self_pretraining
@@ -92,6 +93,27 @@ def test_a_classification_config_will_do_and_its_preset_takes_strings(tmp_path, 
     model = PerformerMaskedLM.from_preset(str(tmp_path / "run" / "preset"))
     assert model.preprocessor.mask_selection_rate == 0.3
     assert model.predict(["ACD", "MKTAYIA"], verbose=0).shape[::2] == (2, 30)
+
+
+@needs_kill
+@pytest.mark.slow_on_jax
+@pytest.mark.slow_on_tensorflow
+def test_a_process_that_is_killed_in_an_epoch_goes_on(tmp_path):
+    changes = {
+        "data.length_multiple": 8,
+        "data.bucket_batches": 3,
+        "model.dropout": 0.2,
+        "model.exact_window": 4,
+        "training.steps_per_epoch": 4,
+        "training.accumulate": 2,
+        "training.redraw_features_every": 3,
+    }
+    examples = write_examples(tmp_path / "l.jsonl", [f"{i} " for i in range(10)], "[MAX ", "]")
+    options = [f"--config={LIST_OPS}", f"--file={examples}", *overrides(**changes)]
+    killed, whole = killed_and_whole("self_pretraining", options, tmp_path)
+    assert_same_curves(killed, whole)
+    figures = (metrics["test"]["model"]["cross_entropy"] for metrics in (killed, whole))
+    assert next(figures) == pytest.approx(next(figures), abs=1e-5)
 
 
 def test_documents_become_tokens_when_they_are_read():

@@ -312,6 +312,8 @@ class FakeBuilder:
     def as_dataset(self, split):
         for i in range(90 if split == "train" else 3):
             yield {"text": f"{split} \xe9 {i}".encode(), "label": np.int64(i % 2)}
+        if split == "train":  # what the test has as well
+            yield {"text": "test \xe9 1".encode(), "label": np.int64(1)}
 
 
 @pytest.mark.parametrize("has_names", [True, False])

@@ -1,11 +1,14 @@
 import io
 import json
+import shutil
 
 import keras
 import numpy as np
 import pytest
 from rich.console import Console
 
+from keras_performer.feature_maps import FavorPlus
+from keras_performer.layers import PerformerAttention
 from training.data.batches import Batches
 from training.loop import fit
 from training.sections import ModelConfig, TrainingConfig
@@ -177,6 +180,81 @@ def test_accumulated_steps_move_the_weights_as_one_large_batch_does(tmp_path):
     large.train_on_batch(x[batches[0]], y[batches[0]])
     for a, b in zip(small.get_weights(), large.get_weights(), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+
+
+def attention_model(exact):
+    inputs = keras.Input((3,))
+    x = keras.layers.Reshape((3, 1))(inputs)
+    feature_map = None if exact else FavorPlus(num_features=8)
+    x = PerformerAttention(num_heads=1, key_dim=2, feature_map=feature_map, seed=1)(x, x)
+    return keras.Model(inputs, keras.layers.Dense(1)(keras.layers.Flatten()(x)))
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_features_are_measured_and_redrawn_where_there_are_any(exact, tmp_path):
+    options = {"attention_health": True, "redraw_features_every": 2, "steps": 4}
+    _, record = run(tmp_path, trainer=attention_model(exact), **options)
+    lines = (tmp_path / "history.jsonl").read_text(encoding="utf-8").splitlines()
+    for row in [*record["history"], *map(json.loads, lines)]:
+        assert ("attention_total_variation" in row) is not exact
+
+
+def test_float16_scales_the_loss_and_decays_no_bias(tmp_path):
+    trainer, record = run(tmp_path, precision="mixed_float16", weight_decay=0.1, steps=4)
+    scaling = trainer.optimizer
+    assert isinstance(scaling, keras.optimizers.LossScaleOptimizer)
+    decays = [scaling.inner_optimizer._use_weight_decay(v) for v in trainer.trainable_variables]
+    assert decays == [True, False, True, False]
+    assert np.isfinite(record["history"][-1]["loss"]) and int(scaling.iterations) == 4
+    # It is gone on with: nothing is mended where nothing is broken.
+    _, again = run(tmp_path, precision="mixed_float16", weight_decay=0.1, steps=4)
+    assert again["history"] == record["history"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("run"), steps=8, accumulate=2)[1]["history"]
+
+
+@pytest.mark.parametrize("finished, number", [(1, "old"), (3, "old"), (3, "broken")])
+@pytest.mark.slow_on_tensorflow
+@pytest.mark.slow_on_jax
+def test_a_kill_while_the_backup_is_written_costs_an_epoch_and_nothing_else(
+    finished, number, whole, tmp_path
+):
+    changes = {"steps": 8, "accumulate": 2}
+    backup, trainer = tmp_path / "run" / "backup", model()
+    metadata, fit_model = backup / "training_metadata.json", trainer.fit
+
+    def fit_until_killed(*args, callbacks, **kwargs):
+        def die(epoch, logs=None):
+            if epoch == finished - 1:
+                raise RuntimeError("killed")
+
+        last = keras.callbacks.LambdaCallback(on_epoch_end=die)
+        fit_model(*args, callbacks=[*callbacks, last], **kwargs)
+
+    trainer.fit = fit_until_killed
+    with pytest.raises(RuntimeError, match="killed"):
+        run(tmp_path / "run", trainer=trainer, **changes)
+    before = metadata.with_name(f"{metadata.name}.bkp")
+    assert before.is_file() == (finished > 1)
+    # The new weights are there, and the number of epochs is not.
+    if number == "broken":
+        metadata.write_text('{"epo', encoding="utf-8")
+    elif before.is_file():
+        shutil.copy(before, metadata)
+    else:
+        metadata.unlink()
+    _, resumed = run(tmp_path / "run", **changes)
+    assert [row["epoch"] for row in resumed["history"]] == [0, 1, 2, 3]
+    for a, b in zip(resumed["history"], whole, strict=True):
+        assert (a["loss"], a["val_loss"]) == pytest.approx((b["loss"], b["val_loss"]), abs=1e-5)
+
+    for name in ("latest.weights.h5", "latest.weights.h5.bkp"):
+        (backup / name).write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="holds no whole backup"):
+        run(tmp_path / "run", **changes)
 
 
 @pytest.mark.parametrize(

@@ -33,10 +33,13 @@ from keras_performer.models import (
 if importlib.util.find_spec("matplotlib") is None:
     pytest.skip("needs matplotlib, of the extra [train]", allow_module_level=True)
 
-from zoo.build import tables
+from training import causal_lm
+from training.config import load_config
+from zoo.build import _runs, tables
 from zoo.build._card import card
 from zoo.build._preset import move_to_url, publish, round_array, round_weights
 from zoo.build._record import Data, Metric, Point, Record, read_record, task_class
+from zoo.build._runs import facts, unfinished
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESETS_MODULE = importlib.import_module("keras_performer.presets")
@@ -425,6 +428,56 @@ def test_the_table_has_a_row_for_each_preset(zoo, tmp_path):
     assert new == f"before\n{tables.BEGIN}\n\nnew\n\n{tables.END}\nafter"
     with pytest.raises(ValueError, match="must have a line"):
         tables.with_table(new.replace(tables.END, ""), "new", tmp_path)
+
+
+# The runs that presets are made of.
+
+
+def epochs(*losses):
+    return [{"loss": x, "val_loss": x, "val_accuracy": 0.5, "seconds": 2.0} for x in losses]
+
+
+def test_a_card_says_how_far_the_twin_came_and_what_all_processes_took(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = {
+        "config": {"training": {"steps": 40, "steps_per_epoch": 10, "batch_size": 2}},
+        "training": {"history": epochs(3.0, 2.0), "fit_seconds": 1.5},
+        **{"seconds": 2.0, "keras": "3", "backend": "torch"},
+    }
+    # The last of the processes took two seconds, one and a half of them of the training.
+    assert facts(model, 3.0)["wall_seconds"] == 2 * 2.0 + 0.5
+    assert unfinished(model, "twin") == "not trained yet."
+    history = tmp_path / "runs" / "twin" / "history.jsonl"
+    history.parent.mkdir(parents=True)
+    for theirs, made, compared in (
+        ((), None, None),
+        ((2.5,), 10, (10, 2.5, 3.0)),
+        ((2.5, 1.5, 1.0), 30, (20, 1.5, 2.0)),
+    ):
+        history.write_text("".join(json.dumps(row) + "\n" for row in epochs(*theirs)))
+        text = unfinished(model, "twin")
+        if made is None:
+            assert text == "not trained yet."
+            continue
+        steps, their_loss, our_loss = compared
+        assert f"made {made} of 40 steps. After {steps} its loss" in text
+        assert f"was {their_loss:.4f} (accuracy 50.0%), and this model's {our_loss:.4f}" in text
+
+
+def test_a_finished_run_is_used_though_its_config_has_new_keys(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(_runs, "CONFIGS", ROOT / "training" / "configs")
+    monkeypatch.setattr(causal_lm, "main", lambda arguments: "trained anew")
+    config = load_config(causal_lm.Config, _runs.CONFIGS / "text_causal_lm.toml")
+    metrics = {"config": dataclasses.asdict(config)}
+    del metrics["config"]["data"]["text_field"]
+    output = Path("runs") / "text"
+    output.mkdir(parents=True)
+    (output / "metrics.json").write_text(json.dumps(metrics))
+    assert _runs.run(causal_lm, "text_causal_lm.toml", "text") == (metrics, output)
+    assert _runs.run(causal_lm, "text_causal_lm.toml", "text", "seed=2")[0] == "trained anew"
+    (output / "backup").mkdir()
+    assert _runs.run(causal_lm, "text_causal_lm.toml", "text")[0] == "trained anew"
 
 
 # The zoo that is shipped.

@@ -21,17 +21,18 @@ from training.command import make_parser, prepare_output, start_keras, use_devic
 from training.config import load_config
 from training.data.byte_pairs import SMALLEST_VOCABULARY, learn_byte_pairs
 from training.data.copyleft_text import load_copyleft_text
-from training.data.examples import load_examples, texts_sha256
+from training.data.documents import TFDS, load_tfds
+from training.data.examples import Splits, load_examples, texts_sha256
 from training.data.packed_windows import PackedWindows
 from training.data.protein_sources import SOURCES, load_proteins
 from training.data.text import load_text
 from training.results import (
-    RELOAD_TOLERANCE,
     difference,
     finish,
     logits_of,
     run_facts,
     run_table,
+    spread,
 )
 from training.sections import Experiment, ModelConfig, TrainingConfig, require
 
@@ -53,17 +54,21 @@ class DataConfig:
     """Section `[data]`.
 
     `vocabulary_size` = n reads text as n byte pairs, learned from the training documents; 0 reads
-    it as bytes. Proteins have a token per residue.
+    it as bytes. Proteins have a token per residue. `text_field` is read for a user's JSONL or CSV
+    file and TensorFlow Datasets.
     """
 
     source: str
     sequence_length: int
     heldout_share: float
     vocabulary_size: int = 0
+    text_field: str = "text"
 
     def __post_init__(self) -> None:
         sources = (*TEXTS, *SOURCES)
-        require(self.source in sources, "data.source", f"one of {', '.join(sources)}")
+        known = self.source in sources or self.source.startswith(TFDS)
+        require(known, "data.source", f"one of {', '.join(sources)}, {TFDS}NAME")
+        require(bool(self.text_field), "data.text_field", "the name of a field")
         require(self.sequence_length >= 16, "data.sequence_length", "at least 16")
         require(0 < self.heldout_share < 1, "data.heldout_share", "between 0 and 1")
         require(
@@ -132,8 +137,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         use_devices(arguments, config)
         corpus = read_corpus(config, arguments.file, arguments.fasta)
         digest = texts_sha256(corpus.train, corpus.validation, corpus.test)
-        output = prepare_output(arguments.output, config, digest)
         model, tokenizer = build_model(config, corpus, arguments.backend)
+        output = prepare_output(arguments.output, config, digest)
     except (ImportError, OSError, TypeError, ValueError) as error:
         sys.exit(f"error: {error}")
     windows = {
@@ -157,19 +162,20 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     preset = output / "preset"
     model.save_to_preset(str(preset))
-    reloaded = PerformerCausalLM.from_preset(str(preset))
+    reloaded = PerformerCausalLM.from_preset(str(preset), dtype=config.training.precision)
     length = min(config.data.sequence_length, SAMPLE_TOKENS)
     prompt = corpus.test[0][: min(PROMPT_CHARACTERS[corpus.kind], length // 4)]
     token_ids = np.array([tokenizer.tokenize(corpus.test[0][:256])], "int32")
     x = {"token_ids": token_ids, "padding_mask": np.ones_like(token_ids)}
-    logits = (logits_of(model, x), logits_of(reloaded, x))
-    metrics["reload_max_abs_difference"] = difference(
-        "the reloaded preset", *logits, RELOAD_TOLERANCE
-    )
+    largest = difference(logits_of(model, x), logits_of(reloaded, x))
+    metrics["reload_max_abs_difference"] = largest
     reloaded.compile(sampler="top_p")
     # A row for each replica that a model divided among devices has; otherwise there is one.
     metrics["sample"] = reloaded.generate([prompt] * num_replicas(), max_length=length)[0]
-    console.print(f"Preset: {preset}. What it writes after {prompt!r}:")
+    console.print(
+        f"Preset: {preset}; loaded back, its logits differ by at most {largest:.1e}. What it "
+        f"writes after {prompt!r}:"
+    )
     console.print(metrics["sample"], markup=False)
 
     seconds, num_tokens = time.perf_counter() - started, windows["train"].num_tokens
@@ -184,7 +190,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--file", type=Path,
         help="your own documents in place of data.source: a text file, a folder of .txt files, or "
-        "JSONL or CSV with a field `text`; gzip or not",
+        "JSONL or CSV with the field data.text_field; gzip or not",
     )  # fmt: skip
     parser.add_argument(
         "--fasta", type=Path, help="your own proteins, plain or gzip, in place of data.source"
@@ -196,8 +202,8 @@ def read_corpus(config: Config, file: Path | None, fasta: Path | None) -> Corpus
     """Read the strings of the config's source, or a user's own."""
     if file is not None and fasta is not None:
         raise ValueError("Pass --file for documents or --fasta for proteins, not both.")
-    if file is not None or (fasta is None and config.data.source in TEXTS):
-        splits = TEXTS[config.data.source]() if file is None else load_examples(file)
+    splits = None if fasta is not None else read_documents(config.data, file)
+    if splits is not None:
         texts = {split: [example.text for example in part] for split, part in splits.items()}
         corpus = Corpus("text", config.data.source if file is None else str(file), **texts)
     else:
@@ -219,6 +225,15 @@ def read_corpus(config: Config, file: Path | None, fasta: Path | None) -> Corpus
             "training.batch_size, or pass more."
         )
     return corpus
+
+
+def read_documents(data: DataConfig, file: Path | None) -> Splits | None:
+    """Read a user's documents, or those of a source; None if it has proteins."""
+    if file is not None:
+        return load_examples(file, data.text_field)
+    if data.source.startswith(TFDS):
+        return load_tfds(data.source.removeprefix(TFDS), data.text_field, label_field=None)
+    return TEXTS[data.source]() if data.source in TEXTS else None
 
 
 def build_model(
@@ -319,12 +334,11 @@ def train(
         training.steps_per_epoch,
         config.seed,
     )
-    count = min(training.validation_windows, len(windows["validation"]))
-    spread = np.linspace(0, len(windows["validation"]) - 1, count).astype(int)
+    scored = spread(len(windows["validation"]), training.validation_windows)
     record = fit(
         trainer,
         batches,
-        windows["validation"].read(spread),
+        windows["validation"].read(scored),
         training,
         **objective_of_tokens(),
         seed=config.seed,

@@ -31,7 +31,13 @@ from training.command import (
 )
 from training.config import load_config
 from training.data import digits, list_ops
-from training.data.documents import load_brown, load_linux_doc, load_spam_assassin, load_tfds
+from training.data.documents import (
+    TFDS,
+    load_brown,
+    load_linux_doc,
+    load_spam_assassin,
+    load_tfds,
+)
 from training.data.enzyme_class import load_enzyme_classes
 from training.data.examples import (
     Splits,
@@ -48,9 +54,10 @@ from training.encoders import add_preset_flag, build_encoder, encoder_phrase
 from training.results import (
     finish,
     predict_in_batches,
-    reload_difference,
     run_facts,
     run_table,
+    save_preset,
+    spread,
 )
 from training.scores import (
     class_rows,
@@ -61,7 +68,13 @@ from training.scores import (
     surprise,
     wilson_interval,
 )
-from training.sections import Experiment, ModelConfig, TrainingConfig, require
+from training.sections import (
+    Experiment,
+    ModelConfig,
+    TrainingConfig,
+    require,
+    require_buckets,
+)
 
 if TYPE_CHECKING:
     import keras
@@ -84,7 +97,6 @@ KINDS = {
 }
 # What makes tokens of the texts of a kind that a saved preset takes as tokens, not as strings.
 ENCODERS = {"list_ops": list_ops.encode, "pixels": digits.encode}
-TFDS = "tfds:"
 PROTEIN_LETTERS = set("ABCDEFGHIJKLMNOPQRSTUVWXYZ*-")
 
 
@@ -108,8 +120,7 @@ class DataConfig:
         known = self.source in KINDS or self.source.startswith(TFDS)
         require(known, "data.source", f"one of {', '.join(KINDS)}, {TFDS}NAME")
         require(self.sequence_length >= 8, "data.sequence_length", "at least 8")
-        require(self.length_multiple >= 0, "data.length_multiple", "at least 0 (full length)")
-        require(self.bucket_batches >= 1, "data.bucket_batches", "at least 1")
+        require_buckets(self)
         for name in ("text_field", "label_field"):
             require(bool(getattr(self, name)), f"data.{name}", "the name of a field")
         require(0 <= self.fold < NUM_FOLDS, "data.fold", f"from 0 to {NUM_FOLDS - 1}")
@@ -216,8 +227,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         use_devices(arguments, config)
         corpus = read_corpus(config, arguments.file)
         digest = texts_sha256([corpus.sha256, arguments.preset or ""])
-        output = prepare_output(arguments.output, config, digest)
         model = build_model(config, corpus, arguments.preset, arguments.backend)
+        output = prepare_output(arguments.output, config, digest)
     except (ImportError, OSError, TypeError, ValueError) as error:
         sys.exit(f"error: {error}")
     console.print(describe(config, corpus, model, arguments.preset, output))
@@ -233,15 +244,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     console.print(comparison_table(metrics["test"]))
 
     # 4. Save the preset, and compare what was saved.
-    from keras_performer.models import PerformerSequenceClassifier
-
-    preset = output / "preset"
-    model.save_to_preset(str(preset))
-    write_json(preset / "classes.json", corpus.classes)
-    reloaded = PerformerSequenceClassifier.from_preset(str(preset), dtype=config.training.precision)
     x = read(np.arange(min(4, len(test.labels))), None)
-    largest = metrics["reload_max_abs_difference"] = reload_difference(trainer, reloaded, x)
-    console.print(f"Preset: {preset}; loaded back, its logits differ by at most {largest:.1e}.")
+    largest = save_preset(model, trainer, x, config.training.precision, output, console)
+    metrics["reload_max_abs_difference"] = largest
+    write_json(output / "preset" / "classes.json", corpus.classes)
 
     counts = {f"{split}_examples": len(part.labels) for split, part in corpus.parts.items()}
     seconds = time.perf_counter() - started
@@ -467,14 +473,12 @@ def train(
         config.seed,
         data.bucket_batches,
     )
-    count = min(training.validation_examples or len(validation.labels), len(validation.labels))
-    # The same ones after each epoch, from all over the split, which may be sorted.
-    spread = np.linspace(0, len(validation.labels) - 1, count).astype(int)
+    scored = spread(len(validation.labels), training.validation_examples)
     trainer = keras.Model(model.input, model.output, name="trainer")
     record = fit(
         trainer,
         batches,
-        (input_maker(config, corpus, validation)(spread, None), validation.labels[spread]),
+        (input_maker(config, corpus, validation)(scored, None), validation.labels[scored]),
         training,
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         weighted_metrics=[keras.metrics.SparseCategoricalAccuracy(name="accuracy")],

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from training.config import config_of
+
 # Keras chooses its backend when it is imported, so nothing that imports it stands up here.
 
 
@@ -92,6 +94,8 @@ def use_devices(arguments: argparse.Namespace, config: Any) -> None:
 def prepare_output(output: Path, config: Any, data_sha256: str) -> Path:
     """Make the folder, check that it can be written, and that it holds no other unfinished run.
 
+    Call it last: of a finished run it deletes `metrics.json`, which a refused command must not.
+
     **Args**
         output: The folder.
         config: The config of the run, a dataclass.
@@ -107,15 +111,18 @@ def prepare_output(output: Path, config: Any, data_sha256: str) -> Path:
         probe.unlink()
     except OSError as error:
         raise ValueError(f"The output folder cannot be written: {error}. Pass --output.") from error
-    run = {"config": dataclasses.asdict(config), "data_sha256": data_sha256}
     record = output / "run.json"
-    if (output / "backup").is_dir() and json.loads(record.read_text(encoding="utf-8")) != run:
-        raise ValueError(
-            f"{output} holds an unfinished run with another config or other data ({record}). "
-            "Repeat its command to finish it, pass another --output, or delete "
-            f"{output / 'backup'}."
-        )
-    write_json(record, run)
+    if (output / "backup").is_dir():
+        run = json.loads(record.read_text(encoding="utf-8"))
+        # As a config, because a key that is newer than the run has its default there.
+        made_with = config_of(type(config), run["config"], str(record))
+        if (made_with, run["data_sha256"]) != (config, data_sha256):
+            raise ValueError(
+                f"{output} holds an unfinished run with another config or other data ({record}). "
+                "Repeat its command to finish it, pass another --output, or delete "
+                f"{output / 'backup'}."
+            )
+    write_json(record, {"config": dataclasses.asdict(config), "data_sha256": data_sha256})
     (output / "metrics.json").unlink(missing_ok=True)
     return output
 

@@ -416,7 +416,8 @@ def table_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     peaks = [run["peak_bytes"] for run in runs]
     rows += [
         ["parameters", *(f"{run['parameters']:,}" for run in runs), ""],
-        ["tokens", *(f"{run['tokens']:,}" for run in runs), ""],
+        # Where batches end with their longest example there are fewer.
+        ["tokens, at most", *(f"{run['tokens']:,}" for run in runs), ""],
         ["seconds", *(f"{run['seconds']:,.1f}" for run in runs), ""],
         ["seconds a step", *(f"{run['seconds_per_step']:.4f}" for run in runs), ""],
         ["peak memory", *("" if n is None else f"{n / 2**20:,.0f} MiB" for n in peaks), ""],

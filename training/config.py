@@ -44,7 +44,27 @@ def load_config(
         raise ValueError(f"{path}: this is not valid TOML: {error}.") from error
     for override in overrides:
         _override(values, override)
-    return _build(config_class, values, str(path), "")
+    return config_of(config_class, values, str(path))
+
+
+def config_of(config_class: type[_Config], values: Mapping[str, Any], source: str) -> _Config:
+    """Return values, such as a `metrics.json` keeps of a run, as a config.
+
+    **Args**
+        config_class: As in `load_config`.
+        values: Its keys and sections. What has a default may be missing.
+        source: What errors call them.
+
+    **Returns** An instance of `config_class`.
+
+    **Raises** As `load_config`.
+
+    **Example**
+
+    >>> config_of(Config, {"seed": 1, "training": {"steps": 10}}, "here").seed  # doctest: +SKIP
+    1
+    """
+    return _build(config_class, values, source, "")
 
 
 def _override(values: dict[str, Any], override: str) -> None:

@@ -31,7 +31,7 @@ from training.config import load_config
 from training.data.antibodies import CHAINS, load_antibodies, load_human_heavy_chains
 from training.data.examples import texts_sha256
 from training.data.protein_sources import load_proteins
-from training.results import finish, reload_difference, run_facts, run_table
+from training.results import finish, run_facts, run_table, save_preset
 from training.scores import log_frequencies, log_probabilities
 from training.sections import Experiment, TrainingConfig, require
 
@@ -99,7 +99,11 @@ class ConversionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DistillTrainingConfig(TrainingConfig):
-    """Section `[training]`: fine-tuning, and the share of the original's word in its targets."""
+    """Section `[training]`: fine-tuning, and the share of the original's word in its targets.
+
+    `validation_sequences` of those held out are scored after each epoch. With `patience`, which
+    chooses weights by them, they do not count in the figures at the end.
+    """
 
     teacher_weight: float = 0.5
     validation_sequences: int = 128
@@ -120,6 +124,14 @@ class Config(Experiment):
     data: DataConfig
     conversion: ConversionConfig
     training: DistillTrainingConfig
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            not (self.training.redraw_features_every and self.conversion.trainable_projection),
+            "training.redraw_features_every",
+            "0 where conversion.trainable_projection is true: what is trained is not redrawn",
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -145,8 +157,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         teacher = load_teacher(config, arguments.preset)
         train, heldout, source = read_sequences(config, teacher, arguments.fasta)
         digest = texts_sha256(train, *heldout.values(), [str(arguments.preset or "")])
-        output = prepare_output(arguments.output, config, digest)
         student = convert(config, teacher)
+        output = prepare_output(arguments.output, config, digest)
     except (ImportError, OSError, TypeError, ValueError) as error:
         sys.exit(f"error: {error}")
     name = str(arguments.preset or config.conversion.source)
@@ -167,6 +179,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         )
         for i, (part, sequences) in enumerate(heldout.items())
     }
+    validation = masked["heldout"].head(config.training.validation_sequences)
+    masked["heldout"] = masked["heldout"].after(first_scored(config))
     original, trainer = as_trainer(teacher), as_trainer(student)
     found: dict[str, dict[str, Score]] = {}
 
@@ -180,9 +194,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     measure("converted", trainer)
     calibrate_student(config, student, teacher, train, length, output, console)
     measure("calibrated", trainer)
-    record = fine_tune(
-        config, trainer, original, train, masked["heldout"], tokenizer, output, console
-    )
+    record = fine_tune(config, trainer, original, train, validation, tokenizer, output, console)
     measure("distilled", trainer)
     metrics: dict[str, Any] = {"parameters": student.count_params(), "training": record}
     baseline = residue_frequencies(train, tokenizer)
@@ -194,14 +206,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         console.print(comparison_table(part, result))
 
     # 4. Save the preset, and compare what was saved.
-    import keras_hub
-
-    preset = output / "preset"
-    student.save_to_preset(str(preset))
-    reloaded = keras_hub.models.MaskedLM.from_preset(str(preset))
     x = masked["heldout"].head(4).inputs
-    largest = metrics["reload_max_abs_difference"] = reload_difference(trainer, reloaded, x)
-    console.print(f"Preset: {preset}; loaded back, its logits differ by at most {largest:.1e}.")
+    largest = save_preset(student, trainer, x, config.training.precision, output, console)
+    metrics["reload_max_abs_difference"] = largest
 
     counts = {"train_sequences": len(train)}
     counts.update({f"{part}_sequences": len(x) for part, x in heldout.items()})
@@ -283,10 +290,23 @@ def read_sequences(
         known = set(inside)
         others = fitting(load_antibodies(config.data.evaluation)[1])
         parts["abnativ"] = drawn([s for s in others if s not in known])
-    for part, sequences in parts.items():
-        if len(sequences) < 2:
-            raise ValueError(f"{source}: fewer than two sequences are left to score in {part!r}.")
+    left = {part: len(sequences) for part, sequences in parts.items()}
+    left["heldout"] -= first_scored(config)
+    for part, count in left.items():
+        if count < 2:
+            raise ValueError(
+                f"{source}: fewer than two sequences are left to score in {part!r}, less those by "
+                f"which patience chooses weights: {first_scored(config)} of 'heldout'."
+            )
     return inside, parts, source
+
+
+def first_scored(config: Config) -> int:
+    """Return from which held-out sequence on the figures are: patience chose weights on the others.
+
+    Without patience all count.
+    """
+    return config.training.validation_sequences if config.training.patience else 0
 
 
 def convert(config: Config, teacher: Any) -> Any:
@@ -324,11 +344,11 @@ def describe(
 ) -> Table:
     """Return a table of what the job is going to do."""
     section, training = config.conversion, config.training
-    scored = ", ".join(f"{len(x):,} of {part}" for part, x in heldout.items())
+    parts = ", ".join(f"{len(x):,} of {part}" for part, x in heldout.items())
     rows = {
         "model": f"{name}, {student.count_params():,} parameters; {section.num_features} features, "
         f"exact window {section.exact_window}",
-        "sequences": f"{source}: {len(train):,} to train on; scored: {scored}",
+        "sequences": f"{source}: {len(train):,} to train on; held out: {parts}",
         "calibration": f"{section.feature_map_steps:,} steps of the feature maps, "
         f"{section.attention_steps:,} of attention",
         "training": f"{training.steps:,} steps of {training.batch_size} sequences, AdamW, weight "
@@ -407,7 +427,7 @@ def fine_tune(
     trainer: Any,
     original: Any,
     train: Sequence[str],
-    heldout: "Masked",
+    validation: "Masked",
     tokenizer: Any,
     output: Path,
     console: Console,
@@ -420,7 +440,7 @@ def fine_tune(
     from training.loop import fit
 
     training, num_tokens = config.training, trainer.output_shape[-1]
-    length = heldout.inputs["token_ids"].shape[1]
+    length = validation.inputs["token_ids"].shape[1]
 
     def make_batch(indices: np.ndarray, rng: np.random.Generator) -> Any:
         sequences = [train[int(i)] for i in indices]
@@ -437,7 +457,7 @@ def fine_tune(
         training.steps_per_epoch,
         config.seed,
     )
-    x, labels = heldout.head(training.validation_sequences)
+    x, labels = validation
     truth = targets(labels, np.zeros((*labels.shape, num_tokens)), 0.0)
     return fit(
         trainer,

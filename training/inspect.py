@@ -218,8 +218,8 @@ def load_model(preset: str, backend: str | None) -> tuple[Any, list[str] | None]
     task_class = classes.get(name.replace("PerformerDecoder", "Performer"))
     if task_class is None:
         raise ValueError(
-            f"Presets of {', '.join(classes)} can be looked at. Received: {folder}, which holds a "
-            f"{name}"
+            f"Presets of {', '.join(classes)} of keras_performer.models can be looked at. "
+            f"Received: {folder}, which holds a {name}"
         )
     model = task_class.from_preset(str(folder), dtype="float32")
     if model.preprocessor is None:

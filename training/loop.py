@@ -2,16 +2,19 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import h5py
 import keras
 import numpy as np
 from rich.console import Console
 
 from keras_performer.callbacks import AttentionHealth, RedrawFeatures
+from keras_performer.layers import PerformerAttention
 from training.data.batches import Batches
 from training.distribution import (
     adamw,
@@ -21,6 +24,10 @@ from training.distribution import (
 )
 from training.results import peak_bytes
 from training.sections import TrainingConfig
+
+# What Keras calls the files of a backup.
+_WEIGHTS = "latest.weights.h5"
+_METADATA = "training_metadata.json"
 
 
 def objective_of_tokens() -> dict[str, Any]:
@@ -52,7 +59,8 @@ def fit(
 
     A resumed run repeats the epoch in which it was killed: weights, optimizer, data, random numbers
     of dropout and the count of epochs without progress are those of a run that was not. The
-    `backup` folder stays until the recipe removes it.
+    `backup` folder stays until the recipe removes it. `redraw_features_every` and
+    `attention_health` are for feature attention: other models train without them.
 
     **Args**
         trainer: A built model that takes the batches.
@@ -68,12 +76,15 @@ def fit(
     **Returns** What `metrics.json` says of the training: a row of figures for each epoch, seconds
     of this process and those of them in which batches were made, the most main memory that this
     process has held (None but on Linux), and whether patience ended it.
+
+    **Raises** ValueError if neither the backup nor the one before it can be gone on from.
     """
     backup = output / "backup"
     data, validation_data, validation_batch_size = share_work(
         batches, validation_data, training.batch_size, loss
     )
     trainer.compile(_optimizer(training), loss=loss, weighted_metrics=weighted_metrics)
+    _mend_backup(backup, training.steps_per_epoch)
     check_same_epoch(_finished_epochs(backup))
     log = _EpochLog(output / "history.jsonl", _finished_epochs(backup))
     epochs = training.steps // training.steps_per_epoch
@@ -81,14 +92,16 @@ def fit(
     callbacks: list[keras.callbacks.Callback] = [
         keras.callbacks.LambdaCallback(
             on_epoch_begin=lambda epoch, logs: _begin_epoch(trainer, batches, seed, epoch)
-        ),
-        log,
+        )
     ]
-    if training.redraw_features_every:
-        callbacks.append(RedrawFeatures(every=training.redraw_features_every, seed=seed))
-    if training.attention_health:
-        first = keras.tree.map_structure(lambda array: array[:1], validation_data[0])
-        callbacks.append(AttentionHealth(first))
+    if _has_features(trainer):
+        if training.redraw_features_every:
+            callbacks.append(RedrawFeatures(every=training.redraw_features_every, seed=seed))
+        if training.attention_health:
+            first = keras.tree.map_structure(lambda array: array[:1], validation_data[0])
+            callbacks.append(AttentionHealth(first))
+    # After the one before it, which adds to an epoch's figures.
+    callbacks.append(log)
     if training.patience:
         if log.epochs_without_progress() >= training.patience:
             epochs = len(log.rows)
@@ -153,7 +166,18 @@ def _optimizer(training: TrainingConfig) -> keras.optimizers.Optimizer:
         gradient_accumulation_steps=training.accumulate if training.accumulate > 1 else None,
     )
     optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta", "scale"])
+    if training.precision == "mixed_float16":
+        # Keras does so by itself if the policy of the trainer says float16, which is a plain model.
+        return keras.optimizers.LossScaleOptimizer(optimizer)
     return optimizer
+
+
+def _has_features(trainer: keras.Model) -> bool:
+    """Return whether a layer of the model has feature attention; the baselines have none."""
+    return any(
+        isinstance(layer, PerformerAttention) and layer.feature_map is not None
+        for layer in trainer._flatten_layers()
+    )
 
 
 def _begin_epoch(trainer: keras.Model, batches: Batches, seed: int, epoch: int) -> None:
@@ -167,9 +191,47 @@ def _begin_epoch(trainer: keras.Model, batches: Batches, seed: int, epoch: int) 
         state.assign(np.random.SeedSequence((seed, 3, number, epoch)).generate_state(2))
 
 
+def _mend_backup(backup: Path, steps_per_epoch: int) -> None:
+    """Return to the backup before the last one if a kill came while that was written.
+
+    Keras writes the weights and then the number of epochs, in place; what they were before is in
+    files that end with `.bkp`. After the first epoch there is no such file: the run starts anew.
+    """
+    for restore in (True, False):
+        try:
+            if _is_whole(backup, steps_per_epoch):
+                return
+        except (OSError, KeyError, ValueError):
+            pass  # A file was cut short.
+        for name in (_WEIGHTS, _METADATA) if restore else ():
+            previous = backup / f"{name}.bkp"
+            if previous.is_file():
+                shutil.copy(previous, backup / name)
+            else:
+                (backup / name).unlink(missing_ok=True)
+    raise ValueError(
+        f"{backup} holds no whole backup: copy {_WEIGHTS} and {_METADATA} of one epoch there, or "
+        "delete the folder to start anew."
+    )
+
+
+def _is_whole(backup: Path, steps_per_epoch: int) -> bool:
+    """Return whether the weights of a backup are of the epoch that it says, or neither is there."""
+    due = _finished_epochs(backup) * steps_per_epoch
+    if not (backup / _WEIGHTS).is_file():
+        return due == 0
+    with h5py.File(backup / _WEIGHTS) as file:
+        # The optimizer's first variable counts batches, with loss scaling that of the one inside.
+        inner = "optimizer/inner_optimizer/vars/0"
+        scaled = inner in file
+        batches = int(file[inner if scaled else "optimizer/vars/0"][()])
+    # What loss scaling skips is not counted.
+    return batches == due or (scaled and batches < due)
+
+
 def _finished_epochs(backup: Path) -> int:
     """Return how many epochs the backup in a folder has seen."""
-    metadata = backup / "training_metadata.json"
+    metadata = backup / _METADATA
     if not metadata.is_file():
         return 0
     return json.loads(metadata.read_text(encoding="utf-8"))["epoch"]

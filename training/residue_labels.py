@@ -35,9 +35,10 @@ from training.encoders import add_preset_flag, build_encoder, encoder_phrase, to
 from training.results import (
     finish,
     predict_in_batches,
-    reload_difference,
     run_facts,
     run_table,
+    save_preset,
+    spread,
 )
 from training.scores import (
     class_rows,
@@ -46,7 +47,13 @@ from training.scores import (
     mean_and_error,
     surprise,
 )
-from training.sections import Experiment, ModelConfig, TrainingConfig, require
+from training.sections import (
+    Experiment,
+    ModelConfig,
+    TrainingConfig,
+    require,
+    require_buckets,
+)
 
 if TYPE_CHECKING:
     import keras
@@ -79,8 +86,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         require(self.states in STATES, "data.states", "8 or 3")
         require(self.sequence_length >= 8, "data.sequence_length", "at least 8")
-        require(self.length_multiple >= 0, "data.length_multiple", "at least 0 (full length)")
-        require(self.bucket_batches >= 1, "data.bucket_batches", "at least 1")
+        require_buckets(self)
         for name in ("text_field", "label_field"):
             require(bool(getattr(self, name)), f"data.{name}", "the name of a field")
 
@@ -146,8 +152,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         }
         check_enough(parts, config, source)
         digest = texts_sha256(*columns_of(splits), [arguments.preset or ""])
-        output = prepare_output(arguments.output, config, digest)
         model = build_model(config, arguments.preset, arguments.backend)
+        output = prepare_output(arguments.output, config, digest)
     except (ImportError, OSError, TypeError, ValueError) as error:
         sys.exit(f"error: {error}")
     console.print(describe(config, parts, source, model, arguments.preset, output))
@@ -161,16 +167,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     console.print(comparison_table(metrics["test"]))
 
     # 4. Save the preset, and compare what was saved.
-    from keras_performer.models import PerformerTokenClassifier
-
-    preset = output / "preset"
-    model.save_to_preset(str(preset))
-    write_json(preset / "classes.json", list(STATES[config.data.states]))
-    reloaded = PerformerTokenClassifier.from_preset(str(preset), dtype=config.training.precision)
     windows = parts["test"].windows(room_of(config))[:4]
     x, _, _ = make_batch(parts["test"], windows, tokenizer_of(model), config)
-    largest = metrics["reload_max_abs_difference"] = reload_difference(trainer, reloaded, x)
-    console.print(f"Preset: {preset}; loaded back, its logits differ by at most {largest:.1e}.")
+    largest = save_preset(model, trainer, x, config.training.precision, output, console)
+    metrics["reload_max_abs_difference"] = largest
+    write_json(output / "preset" / "classes.json", list(STATES[config.data.states]))
 
     counts = {f"{split}_proteins": len(chains.sequences) for split, chains in parts.items()}
     metrics.update(run_facts(config, source, time.perf_counter() - started, **counts))
@@ -351,14 +352,12 @@ def train(
         data.bucket_batches,
     )
     windows = parts["validation"].windows(room)
-    count = min(training.validation_windows or len(windows), len(windows))
-    # The same ones after each epoch, from all over the split, which may be sorted.
-    spread = np.linspace(0, len(windows) - 1, count).astype(int)
+    scored = [windows[i] for i in spread(len(windows), training.validation_windows)]
     trainer = keras.Model(model.input, model.output, name="trainer")
     record = fit(
         trainer,
         batches,
-        make_batch(parts["validation"], [windows[i] for i in spread], tokenizer, config),
+        make_batch(parts["validation"], scored, tokenizer, config),
         training,
         **objective_of_tokens(),
         seed=config.seed,

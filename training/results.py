@@ -1,4 +1,4 @@
-"""What recipes share around training: say what a run is, predict, check a reloaded model, end."""
+"""What recipes share around training: say what a run is, choose, predict, save and check, end."""
 
 import dataclasses
 import shutil
@@ -12,8 +12,9 @@ from rich.table import Table
 
 from training.command import write_json
 
-# Beyond this, a reloaded model is not the model that was trained.
+# Beyond these, a reloaded or an exported model is not the model that was trained.
 RELOAD_TOLERANCE = 1e-5
+EXPORT_TOLERANCE = 1e-3
 
 
 def run_table(title: str, rows: dict[str, str], output: Path) -> Table:
@@ -29,6 +30,21 @@ def run_table(title: str, rows: dict[str, str], output: Path) -> Table:
     for row in rows.items():
         table.add_row(*row)
     return table
+
+
+def spread(count: int, wanted: int) -> np.ndarray:
+    """Return the indices of some of many examples, from all over them: they may be sorted.
+
+    **Args**
+        count: How many there are.
+        wanted: The most that are taken; 0 takes all.
+
+    **Example**
+
+    >>> spread(9, 3).tolist(), spread(2, 3).tolist(), spread(2, 0).tolist()
+    ([0, 4, 8], [0, 1], [0, 1])
+    """
+    return np.linspace(0, count - 1, min(wanted or count, count)).astype(int)
 
 
 def logits_of(model: Any, x: Any) -> np.ndarray:
@@ -64,41 +80,42 @@ def predict_in_batches(
         yield indices, outputs[: len(indices)]
 
 
-def difference(what: str, expected: np.ndarray, received: np.ndarray, tolerance: float) -> float:
-    """Return the largest absolute difference, or raise RuntimeError if it exceeds `tolerance`.
+def difference(expected: np.ndarray, received: np.ndarray) -> float:
+    """Return the largest absolute difference; `finish` refuses what is too large.
 
     **Example**
 
-    >>> difference("the reloaded preset", np.zeros(2), np.array([0.0, 0.5]), tolerance=1.0)
+    >>> difference(np.zeros(2), np.array([0.0, 0.5]))
     0.5
     """
-    largest = float(np.abs(expected - received).max())
-    if not largest <= tolerance:
-        raise RuntimeError(
-            f"The outputs of {what} differ from the trained model's by {largest:.2e}, more than "
-            f"{tolerance:.0e}."
-        )
-    return largest
+    return float(np.abs(expected - received).max())
 
 
-def reload_difference(trainer: Any, task: Any, x: Any) -> float:
-    """Return the largest difference of the logits of a trainer and a reloaded task.
+def save_preset(
+    model: Any, trainer: Any, x: Any, precision: str, output: Path, console: Console
+) -> float:
+    """Save a task as `preset` in a folder, load it back, and return how far its logits are off.
 
     **Args**
-        trainer: The plain Keras model that was trained.
-        task: What its preset was loaded as.
+        model: The task that was trained.
+        trainer: The plain Keras model of its layers, which takes token ids where it takes strings.
         x: Token ids and masks of a batch.
+        precision: Dtype policy to load it with.
+        output: The folder.
+        console: Where messages go.
 
-    **Raises** RuntimeError if it exceeds `RELOAD_TOLERANCE`.
+    **Returns** The largest absolute difference, which `finish` refuses if it is too large.
     """
     import keras
 
-    # The task itself takes strings.
+    preset = output / "preset"
+    model.save_to_preset(str(preset))
+    task = type(model).from_preset(str(preset), dtype=precision)
     reloaded = keras.Model(task.input, task.output)
-    expected, received = (
-        np.asarray(model.predict_on_batch(x), "float32") for model in (trainer, reloaded)
-    )
-    return difference("the reloaded preset", expected, received, RELOAD_TOLERANCE)
+    logits = (np.asarray(m.predict_on_batch(x), "float32") for m in (trainer, reloaded))
+    largest = difference(*logits)
+    console.print(f"Preset: {preset}; loaded back, its logits differ by at most {largest:.1e}.")
+    return largest
 
 
 def run_facts(config: Any, source: str, seconds: float, **counts: int) -> dict[str, Any]:
@@ -129,7 +146,32 @@ def peak_bytes() -> int:
 
 
 def finish(output: Path, metrics: dict[str, Any], console: Console) -> None:
-    """Write the figures, and only then give up the backup, from which the run could go on."""
+    """Write the figures, and only then give up the backup, from which the run could go on.
+
+    **Args**
+        output: Folder of the run.
+        metrics: What `metrics.json` gets.
+        console: Where messages go.
+
+    **Raises** RuntimeError if the reloaded preset or an exported file is not the trained model:
+    `reload_max_abs_difference` or one of `export_max_abs_difference` in `metrics` is too large. The
+    figures are written then, and the backup stays.
+    """
     write_json(output / "metrics.json", metrics)
+    found = [("the reloaded preset", metrics["reload_max_abs_difference"], RELOAD_TOLERANCE)]
+    for format, largest in metrics.get("export_max_abs_difference", {}).items():
+        if largest is not None:
+            found.append((f"the {format} export", largest, EXPORT_TOLERANCE))
+    differing = [
+        f"those of {what} by {largest:.2e}, more than {tolerance:.0e}"
+        for what, largest, tolerance in found
+        if not largest <= tolerance  # NaN is too large as well
+    ]
+    if differing:
+        raise RuntimeError(
+            f"Outputs differ from the trained model's: {'; '.join(differing)}. GPUs that multiply "
+            "in TF32 differ from a CPU by about 1e-3. The figures are in "
+            f"{output / 'metrics.json'}, and the backup stays."
+        )
     shutil.rmtree(output / "backup", ignore_errors=True)
     console.print(f"Finished in {metrics['seconds']:.0f} s. Figures: {output / 'metrics.json'}")

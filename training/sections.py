@@ -13,6 +13,24 @@ def require(condition: bool, key: str, what: str) -> None:
         raise ValueError(f"{key!r} must be {what}.")
 
 
+def require_buckets(data: Any) -> None:
+    """Raise ValueError unless a section `[data]` says how lengths become batches.
+
+    **Args**
+        data: Batches end at a multiple of `length_multiple`, or at the full length if it is 0, and
+            the examples of so many batches as `bucket_batches` says are sorted by length together.
+    """
+    require(data.length_multiple >= 0, "data.length_multiple", "at least 0 (full length)")
+    require(data.bucket_batches >= 1, "data.bucket_batches", "at least 1")
+    # On TensorFlow Keras takes the shapes of the first two batches for those of all, and `Batches`
+    # begins with the longest and the shortest of three or more.
+    require(
+        data.bucket_batches >= 3 or not data.length_multiple,
+        "data.bucket_batches",
+        "at least 3 where data.length_multiple is above 0, for the first two batches to differ",
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Experiment:
     """What stands above the sections of every config."""
@@ -70,7 +88,8 @@ class TrainingConfig:
     resumes come after every `steps_per_epoch` steps. `patience` = n ends the training when the
     validation loss has not fallen for n epochs, and keeps the best weights; 0 trains to the end.
     `redraw_features_every` = n draws new random features after every n movements of the weights;
-    `attention_health` measures after each epoch how far features are from softmax attention.
+    `attention_health` measures after each epoch how far features are from softmax attention. On the
+    baselines, which have no features, both have no effect.
     """
 
     steps: int

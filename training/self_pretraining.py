@@ -36,7 +36,7 @@ from training.masking import (
     train,
     unigram_log_probabilities,
 )
-from training.results import finish, reload_difference, run_facts, run_table
+from training.results import finish, run_facts, run_table, save_preset, spread
 
 if TYPE_CHECKING:
     from keras_performer.models import PerformerMaskedLM, PerformerMaskedLMPreprocessor
@@ -104,8 +104,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 f"{corpus.source}: one example falls into the test split, and the standard error "
                 "of the figures needs two. Pass more."
             )
-        output = prepare_output(arguments.output, config, corpus.sha256)
         model, preprocessor = build_model(config, corpus, arguments.backend)
+        output = prepare_output(arguments.output, config, corpus.sha256)
     except (ImportError, OSError, TypeError, ValueError) as error:
         sys.exit(f"error: {error}")
     console.print(describe(config, corpus, model, output))
@@ -114,14 +114,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     from training.data.masked_batches import mask_sequences
 
     rows = {split: Rows(part, preprocessor.tokenizer) for split, part in corpus.parts.items()}
-    count = len(rows["validation"])
-    count = min(config.training.validation_examples or count, count)
-    # From all over the split, which may be sorted.
-    spread = np.linspace(0, len(rows["validation"]) - 1, count).astype(int)
+    chosen = spread(len(rows["validation"]), config.training.validation_examples)
     rng = np.random.default_rng(config.seed)
     validation_batch, test_batch = (
         mask_sequences(scored, preprocessor, rng, always_mask=True)
-        for scored in ([rows["validation"][i] for i in spread], rows["test"])
+        for scored in ([rows["validation"][i] for i in chosen], rows["test"])
     )
 
     # 3. Train. A run that was killed goes on where its last epoch ended.
@@ -143,14 +140,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     console.print(comparison_table(metrics["test"], title, "examples"))
 
     # 5. Save the preset, and compare what was saved.
-    from keras_performer.models import PerformerMaskedLM
-
-    preset = output / "preset"
-    model.save_to_preset(str(preset))
-    reloaded = PerformerMaskedLM.from_preset(str(preset), dtype=config.training.precision)
     x, _, _ = slice_batch(test_batch, 0, 4)
-    largest = metrics["reload_max_abs_difference"] = reload_difference(trainer, reloaded, x)
-    console.print(f"Preset: {preset}; loaded back, its logits differ by at most {largest:.1e}.")
+    largest = save_preset(model, trainer, x, config.training.precision, output, console)
+    metrics["reload_max_abs_difference"] = largest
 
     counts = {f"{split}_examples": len(part) for split, part in rows.items()}
     seconds = time.perf_counter() - started

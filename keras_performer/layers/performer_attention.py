@@ -58,8 +58,9 @@ class PerformerAttention(keras.layers.Layer):
         num_key_value_heads: Number K of key and value heads, a divisor of `num_heads`, each shared
             by a group of query heads. None is `num_heads`.
         qk_norm: Whether queries and keys are divided by their root mean square and multiplied by
-            learned scales, which start at |q|^2 = sqrt(H): the regime in which few features
-            suffice. Off here, so that weights carry over; on in our own models.
+            learned scales, which start where scores differ by about one between keys. Features
+            alone estimate such scores poorly, and models learned faster from there all the same
+            (zoo/README.md). Off here, so that weights carry over; on in our own models.
         rotary_max_wavelength: If set, rotary positions are applied to queries and keys, of even
             `key_dim`; 10000 is usual.
         seed: Seeds the projection and the dropout.
@@ -299,9 +300,9 @@ class PerformerAttention(keras.layers.Layer):
         )
         if self.qk_norm:
             options = {"epsilon": 1e-6, "dtype": self.dtype_policy}
-            self._query_norm = keras.layers.RMSNormalization(name="query_norm", **options)
+            self._query_norm = _QueryKeyNorm(name="query_norm", **options)
             self._query_norm.build((None, None, heads, self.key_dim))
-            self._key_norm = keras.layers.RMSNormalization(name="key_norm", **options)
+            self._key_norm = _QueryKeyNorm(name="key_norm", **options)
             self._key_norm.build((None, None, groups, self.key_dim))
             for norm in (self._query_norm, self._key_norm):
                 norm.supports_masking = True  # as in `_dense`
@@ -778,6 +779,21 @@ class PerformerAttention(keras.layers.Layer):
         if mask is None:
             return kept
         return ops.logical_and(kept, mask if len(mask.shape) == 3 else ops.expand_dims(mask, 1))
+
+
+class _QueryKeyNorm(keras.layers.RMSNormalization):
+    """Divides by the root mean square; its scale begins at H^(1/4).
+
+    The layer's factor H^(-1/4) undoes that: queries and keys begin as long as without norms.
+    """
+
+    def build(self, input_shape: Any) -> None:
+        head_dim = input_shape[-1]
+        self.axis = [self.axis]  # as RMSNormalization keeps it
+        self.scale = self.add_weight(
+            name="scale", shape=(head_dim,), initializer=initializers.Constant(head_dim**0.25)
+        )
+        self.built = True
 
 
 def _rotate(

@@ -95,6 +95,10 @@ class Masked(NamedTuple):
         """The first `count` sequences."""
         return Masked({k: x[:count] for k, x in self.inputs.items()}, self.labels[:count])
 
+    def after(self, count: int) -> "Masked":
+        """All but the first `count` sequences."""
+        return Masked({k: x[count:] for k, x in self.inputs.items()}, self.labels[count:])
+
 
 class Score(NamedTuple):
     """Means over the masked residues of each sequence, (B,)."""

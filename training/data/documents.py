@@ -23,6 +23,8 @@ SPAM_ASSASSIN = (
     "0.2.3",
     "8d15982711d6fa4b415fa84e83f654b34ac06db49f120eb9a3d33dd3346622cb",
 )
+# Before the name of a set of TensorFlow Datasets, where a source is named.
+TFDS = "tfds:"
 # Of a page of Linux's documentation, and of the pages of a class.
 LONG_BYTES = 4096
 SMALLEST_CLASS = 15
@@ -126,8 +128,9 @@ def load_linux_doc(fold: int = 0) -> Splits:
 def load_tfds(name: str, text_field: str = "text", label_field: str | None = "label") -> Splits:
     """Read a data set of TensorFlow Datasets, such as `imdb_reviews`.
 
-    Its own splits are taken. If it has no `validation` (or `valid`), the hash of their text takes
-    10 % of the training documents for that; if it has no `test`, another 10 %.
+    Its own splits are taken, less the training documents whose text is in one of the others. If it
+    has no `validation` (or `valid`), the hash of their text takes 10 % of the training documents
+    for that; if it has no `test`, another 10 %.
 
     **Args**
         name: As `tfds.load` takes it: `name`, `name/config` or `name/config:version`.
@@ -174,16 +177,15 @@ def load_tfds(name: str, text_field: str = "text", label_field: str | None = "la
     given = builder.info.splits
     if "train" not in given:
         raise ValueError(f"tfds:{name} has no split 'train'. It has: {', '.join(given)}")
-    drawn = split_by_key((example.text, example) for example in read("train"))
-    splits: Splits = {"train": drawn["train"]}
-    for split, spelled in (("validation", ("validation", "valid")), ("test", ("test",))):
-        own = next((spelling for spelling in spelled if spelling in given), None)
-        if own is None:
-            splits[split] = drawn[split]
-        else:
-            splits["train"] += drawn[split]
-            splits[split] = read(own)
-    return splits
+    spellings = {"valid": "validation", "validation": "validation", "test": "test"}
+    own = {split: read(spelled) for spelled, split in spellings.items() if spelled in given}
+    heldout = {example.text for examples in own.values() for example in examples}
+    drawn = split_by_key(
+        (example.text, example) for example in read("train") if example.text not in heldout
+    )
+    for split in own:
+        drawn["train"] += drawn[split]
+    return drawn | own
 
 
 def _as_text(value: Any) -> str:

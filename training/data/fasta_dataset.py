@@ -80,13 +80,19 @@ def _keys(proteins: list[Protein], clusters: str | None) -> list[str]:
     if clusters is None:
         return [protein.sequence for protein in proteins]
     representatives = read_clusters(clusters)
+    keys = []
     for protein in proteins:
-        if protein.name not in representatives:
+        # Of `sp|P12345|X_HUMAN` and other databases' names mmseqs writes the accession only.
+        names = (protein.name, *protein.name.split("|"))
+        name = next((name for name in names if name in representatives), None)
+        if name is None:
             raise ValueError(
-                f"{clusters}: every protein must be in a cluster, by the first word of its header. "
-                f"Missing: {protein.name!r}. Cluster the same FASTA file again."
+                f"{clusters}: every protein must be in a cluster, by the first word of its header "
+                f"or a part of it between bars. Missing: {protein.name!r}. Cluster the same FASTA "
+                "file again."
             )
-    return [representatives[protein.name] for protein in proteins]
+        keys.append(representatives[name])
+    return keys
 
 
 def fasta_dataset(
@@ -105,7 +111,8 @@ def fasta_dataset(
     **Args**
         fasta: The file, plain or gzip.
         clusters: A table of representative and member, with a tab between, as `mmseqs easy-cluster`
-            writes it to `*_cluster.tsv`. Members are the first words of the headers.
+            writes it to `*_cluster.tsv`. Members are the first words of the headers, or their
+            accessions between bars.
         data_dir: Where TFDS keeps prepared data. Default: its own.
         file_format: How. `array_record` gives random access, with `as_data_source`.
 

@@ -1,14 +1,13 @@
 """Train what a preset needs, and say of a run what its card says."""
 
 import argparse
-import dataclasses
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from training.config import load_config
+from training.config import config_of, load_config
 from zoo.build._record import Metric, Point
 
 CONFIGS = Path("training") / "configs"
@@ -28,9 +27,12 @@ def run(recipe: ModuleType, config: str, name: str, *overrides: str) -> tuple[di
     """
     path, output = CONFIGS / config, Path("runs") / name
     metrics = output / "metrics.json"
-    if metrics.is_file():
+    # A run whose preset is not what was trained has figures and a backup.
+    if metrics.is_file() and not (output / "backup").is_dir():
         finished = json.loads(metrics.read_text(encoding="utf-8"))
-        if finished["config"] == dataclasses.asdict(load_config(recipe.Config, path, overrides)):
+        # As a config, because a key that is newer than the run has its default there.
+        made_with = config_of(recipe.Config, finished["config"], str(metrics))
+        if made_with == load_config(recipe.Config, path, overrides):
             return finished, output
     arguments = [f"--set={override}" for override in overrides]
     return recipe.main([f"--config={path}", f"--output={output}", *arguments]), output
@@ -78,11 +80,13 @@ def facts(metrics: dict[str, Any], mean_tokens: float) -> dict[str, Any]:
     """
     training, history = metrics["config"]["training"], metrics["training"]["history"]
     steps = len(history) * training["steps_per_epoch"]  # fewer than planned if patience ended it
+    # `seconds` is what the last process took, which may have gone on with the run of another.
+    around = metrics["seconds"] - metrics["training"]["fit_seconds"]
     return {
         "config": metrics["config"],
         "hardware": HARDWARE,
         "backend": f"Keras {metrics['keras']} on {metrics['backend']}",
-        "wall_seconds": metrics["seconds"],
+        "wall_seconds": sum(row["seconds"] for row in history) + around,
         "steps": steps,
         "tokens_seen": round(steps * training["batch_size"] * mean_tokens),
         "curve": [
@@ -129,15 +133,17 @@ def unfinished(model: dict[str, Any], name: str) -> str:
         name: Of the folder of the twin's run in `runs`.
     """
     history = Path("runs") / name / "history.jsonl"
-    if not history.is_file():
+    lines = history.read_text(encoding="utf-8").splitlines() if history.is_file() else []
+    if not lines:
         return "not trained yet."
-    theirs = [json.loads(line) for line in history.read_text(encoding="utf-8").splitlines()]
-    ours = model["training"]["history"][len(theirs) - 1]
+    ours, theirs = model["training"]["history"], [json.loads(line) for line in lines]
     training = model["config"]["training"]
+    # Patience may have ended ours earlier.
+    epochs = min(len(ours), len(theirs))
+    rows = [history[epochs - 1] for history in (theirs, ours)]
+    losses = [f"{row['val_loss']:.4f} (accuracy {row['val_accuracy']:.1%})" for row in rows]
     return (
-        "the training of the same model with softmax attention was stopped after "
-        f"{len(theirs) * training['steps_per_epoch']:,} of {training['steps']:,} steps. There its "
-        f"loss on the validation split was {theirs[-1]['val_loss']:.4f} (accuracy "
-        f"{theirs[-1]['val_accuracy']:.1%}); this model's was {ours['val_loss']:.4f} "
-        f"({ours['val_accuracy']:.1%}) after as many steps."
+        f"the same model with softmax attention made {len(theirs) * training['steps_per_epoch']:,} "
+        f"of {training['steps']:,} steps. After {epochs * training['steps_per_epoch']:,} its loss "
+        f"on the validation split was {losses[0]}, and this model's {losses[1]}."
     )

@@ -1,6 +1,7 @@
 """Build `performer_antibody_small`: `python -m zoo.build.performer_antibody_small`.
 
 It converts Sapiens, a model of human heavy chains with softmax attention, and tunes the result.
+With PyTorch it takes 12 minutes of one x86 core.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """Build `performer_tiny`, for tests and tutorials: `python -m zoo.build.performer_tiny`.
 
-It trains the model and its softmax twin on the shipped proteins.
+It trains the model and its softmax twin on the shipped proteins. With JAX it takes about 25 minutes
+of two x86 cores that other work shared.
 """
 
 from collections.abc import Sequence
