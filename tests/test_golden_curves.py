@@ -112,7 +112,7 @@ def draw_weights(model):
         if variable.name == "projection":
             variable.assign(noise)
         else:
-            # Scales, which start at one, stay near it.
+            # Scales, which begin alike, stay near that.
             variable.assign(0.2 * noise + (value if np.ptp(value) == 0 else 0))
 
 

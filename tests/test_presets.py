@@ -120,6 +120,21 @@ def test_options_override_what_was_saved(saved):
     assert np.abs(to_numpy(fresh(masked_inputs())) - saved[1]).max() > 1e-3
 
 
+def test_what_was_saved_in_mixed_precision_loads_in_that_of_keras(tmp_path):
+    task = make_task()
+    mixed = type(task.backbone).from_config(
+        {**task.backbone.get_config(), "dtype": "mixed_bfloat16"}
+    )
+    mixed.set_weights(task.backbone.get_weights())
+    mixed.save_to_preset(str(tmp_path / "mixed"))
+    loaded = type(mixed).from_preset(str(tmp_path / "mixed"))
+    assert loaded.dtype_policy.name == "float32"
+    for weight, expected in zip(loaded.weights, task.backbone.weights, strict=True):
+        np.testing.assert_array_equal(to_numpy(weight), to_numpy(expected))
+    loaded = type(mixed).from_preset(str(tmp_path / "mixed"), dtype="mixed_bfloat16")
+    assert loaded.dtype_policy.name == "mixed_bfloat16"
+
+
 def test_a_head_can_be_started_on_a_backbone_alone(tmp_path):
     backbone = PerformerEncoderBackbone(30, 1, 1, 4, 4, num_features=8)
     backbone.save_to_preset(str(tmp_path / "body"))

@@ -24,7 +24,8 @@ class PerformerTransformerEncoder(TransformerBlock):
             `{"num_features": 256, "exact_window": 64}`.
 
     **Masking** `padding_mask`, or else the Keras mask of `inputs`, says which keys take part.
-    `attention_mask` is a mask of keys only, see `PerformerAttention`.
+    `attention_mask` is a mask of keys only, see `PerformerAttention`, or (B, S) as ESM's encoder
+    takes it.
 
     **Precision** Attention is computed in float32 under every policy.
 
@@ -60,6 +61,8 @@ class PerformerTransformerEncoder(TransformerBlock):
     ) -> Any:
         """Encode `inputs`; see the class."""
         mask = key_mask(inputs, padding_mask)
+        if attention_mask is not None and len(attention_mask.shape) == 2:
+            attention_mask = keras.ops.expand_dims(attention_mask, 1)
 
         def attend(x: Any) -> Any:
             return self.self_attention_layer(

@@ -46,6 +46,9 @@ def load_by_name(cls: _Class) -> _Class:
         load_weights = args[0] if args else kwargs.get("load_weights", True)
         wants_weights = issubclass(cls, keras.Model) and load_weights
         check_files(folder, wants_weights, has_head(cls))
+        if issubclass(cls, keras.Model) and _is_mixed(folder):
+            # keras-hub does so where all was saved in one type, and knows no mixed ones.
+            kwargs.setdefault("dtype", keras.config.dtype_policy())
         try:
             return load(cls, str(folder), *args, **kwargs)
         except FileNotFoundError as error:
@@ -57,6 +60,13 @@ def load_by_name(cls: _Class) -> _Class:
 
     cls.from_preset = classmethod(from_preset)
     return cls
+
+
+def _is_mixed(folder: Path) -> bool:
+    """Whether the model of a preset was saved under a policy such as `mixed_bfloat16`."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    dtype = config.get("config", {}).get("dtype") or {}
+    return str(dtype.get("config", {}).get("name")).startswith("mixed_")
 
 
 def _load_tokenizer(cls: type, preset: str, *args: Any, **kwargs: Any) -> Any:
