@@ -14,8 +14,8 @@ def test_every_block_is_found():
     assert len(TUTORIALS) == SECTION.count("```python") >= 2
 
 
-# On TensorFlow the export is that of the first tutorial.
-MARKS = {"Documents": pytest.mark.slow_on_tensorflow}
+# On TensorFlow the export is that of the first tutorial, and eager generation takes its time.
+MARKS = dict.fromkeys(("Documents", "Text"), pytest.mark.slow_on_tensorflow)
 
 
 @pytest.mark.slow_on_jax
@@ -33,5 +33,8 @@ def test_a_tutorial_runs(title, tmp_path, monkeypatch, eager, capsys):
     if title == "Documents":
         assert "[1 0]" in capsys.readouterr().out and names["vectors"].shape == (2, 64)
         assert (tmp_path / "my_saved_model" / "saved_model.pb").is_file()
+    if title == "Text":
+        assert "The people of the United States" in capsys.readouterr().out
+        assert (tmp_path / "my_writer" / "model.weights.h5").is_file()
     if title == "A converted model":
         assert "CAASGFTFSS" in capsys.readouterr().out  # as in nearly every antibody of this family

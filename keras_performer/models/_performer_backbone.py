@@ -245,7 +245,8 @@ class PerformerBackbone(keras_hub.models.Backbone):
             index = keras.ops.arange(keras.ops.shape(x)[1], dtype="int32")
             positions = keras.ops.expand_dims(start, -1) + index
             # Beyond the last position lies padding only: generation checks its length.
-            positions = keras.ops.minimum(positions, self.max_sequence_length - 1)
+            length: Any = self.max_sequence_length  # which learned positions have
+            positions = keras.ops.minimum(positions, length - 1)
         return self.embeddings_add((x, self.position_embedding_layer(x, positions=positions)))
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:

@@ -1,6 +1,6 @@
 """Build `performer_text_small`, which writes text, and its softmax twin with a shorter context.
 
-With PyTorch each of the two takes about two hours of one x86 core; `--without-twin` publishes while
+With PyTorch the first takes about 50 minutes of one x86 core; `--without-twin` publishes while
 the twin is unfinished.
 """
 
