@@ -1,5 +1,7 @@
 """Build `performer_protein_small`, which fills in residues, and its softmax twin.
 
+It is not in the zoo yet: after 4,000 steps it was no help to other tasks (zoo/README.md).
+
 With PyTorch each of the two takes about 45 minutes of one x86 core; `--without-twin`
 publishes while the twin is unfinished.
 """
