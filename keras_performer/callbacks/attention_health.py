@@ -60,11 +60,11 @@ class AttentionHealth(keras.callbacks.Callback):
 
     **Example**
 
-    >>> attention = keras_performer.layers.PerformerAttention(2, key_dim=8, qk_norm=True)
+    >>> attention = keras_performer.layers.PerformerAttention(2, key_dim=8)
     >>> inputs = keras.Input((5, 12))
     >>> model = keras.Model(inputs, attention(inputs, inputs))
     >>> model.compile("sgd", "mse")
-    >>> x = np.random.default_rng(0).normal(size=(6, 5, 12)).astype("float32")
+    >>> x = np.random.default_rng(0).normal(size=(6, 5, 12)).astype("float32") / 4
     >>> health = AttentionHealth(x[:2])
     >>> _ = model.fit(x, x, verbose=0, callbacks=[health])
     >>> len(health.history), sorted(health.history[0])[:3]
