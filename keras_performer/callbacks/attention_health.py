@@ -102,7 +102,6 @@ class AttentionHealth(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Begin a new history, and check that there is something to measure."""
-        self._checked = False
         self._check()
         self.history, self._logs, self._has_warned = [], {}, False
         if self.log_dir is not None:

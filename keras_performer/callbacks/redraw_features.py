@@ -60,7 +60,6 @@ class RedrawFeatures(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Check that there is something to draw."""
-        self._checked = False
         self._check()
 
     def _check(self) -> None:

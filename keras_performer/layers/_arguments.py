@@ -27,6 +27,25 @@ def positive_int(name: str, value: Any) -> int:
     return int(value)
 
 
+def packed_length(value: Any) -> int:
+    """Return a `sequence_length` of tokens between a start and an end token, as an int.
+
+    **Raises** ValueError if it is no integer of at least 3.
+
+    **Example**
+
+    >>> packed_length(3)
+    3
+    """
+    length = positive_int("sequence_length", value)
+    if length < 3:
+        raise ValueError(
+            "`sequence_length` must leave room for a token between the start and the end "
+            f"token: at least 3. Received: sequence_length={value}"
+        )
+    return length
+
+
 def optional_int(name: str, value: Any) -> int | None:
     """As `positive_int`, but None stays None.
 

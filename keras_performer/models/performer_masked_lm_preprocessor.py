@@ -6,7 +6,7 @@ from typing import Any
 import keras
 import keras_hub
 
-from keras_performer.layers._arguments import positive_int
+from keras_performer.layers._arguments import packed_length, positive_int
 from keras_performer.models._load_preset import load_by_name
 from keras_performer.models._performer_task import refuse_labels, weigh
 from keras_performer.models.performer_encoder_backbone import PerformerEncoderBackbone
@@ -100,14 +100,9 @@ class PerformerMaskedLMPreprocessor(keras_hub.models.MaskedLMPreprocessor):
 
     @sequence_length.setter
     def sequence_length(self, value: int) -> None:
-        if positive_int("sequence_length", value) < 3:
-            raise ValueError(
-                "`sequence_length` must leave room for a token between the start and the end "
-                f"token: at least 3. Received: sequence_length={value}"
-            )
-        self._sequence_length = int(value)
+        self._sequence_length = packed_length(value)
         if self.packer is not None:
-            self.packer.sequence_length = int(value)
+            self.packer.sequence_length = self._sequence_length
 
     def build(self, input_shape: Any) -> None:
         """Create the packer, now that the tokenizer has its vocabulary."""

@@ -5,7 +5,7 @@ from typing import Any
 import keras
 import keras_hub
 
-from keras_performer.layers._arguments import positive_int
+from keras_performer.layers._arguments import packed_length
 from keras_performer.models._load_preset import load_by_name
 from keras_performer.models.performer_encoder_backbone import PerformerEncoderBackbone
 from keras_performer.models.protein_tokenizer import ProteinTokenizer
@@ -56,11 +56,7 @@ class PerformerSequenceClassifierPreprocessor(keras_hub.models.TextClassifierPre
         truncate: str = "round_robin",
         **kwargs: Any,
     ):
-        if positive_int("sequence_length", sequence_length) < 3:
-            raise ValueError(
-                "`sequence_length` must leave room for a token between the start and the end "
-                f"token: at least 3. Received: sequence_length={sequence_length}"
-            )
+        packed_length(sequence_length)
         super().__init__(tokenizer, sequence_length=sequence_length, truncate=truncate, **kwargs)
 
     def call(self, x: Any, y: Any = None, sample_weight: Any = None) -> Any:

@@ -6,7 +6,7 @@ import keras
 import keras_hub
 import numpy as np
 
-from keras_performer.layers._arguments import positive_int
+from keras_performer.layers._arguments import packed_length
 from keras_performer.models._load_preset import load_by_name
 from keras_performer.models.performer_encoder_backbone import PerformerEncoderBackbone
 from keras_performer.models.protein_tokenizer import ProteinTokenizer
@@ -54,13 +54,8 @@ class PerformerTokenClassifierPreprocessor(keras_hub.models.Preprocessor):
         self, tokenizer: Any, sequence_length: int = 512, ignored_label: int = -1, **kwargs: Any
     ):
         super().__init__(**kwargs)
-        if positive_int("sequence_length", sequence_length) < 3:
-            raise ValueError(
-                "`sequence_length` must leave room for the start, the end and at least one token: "
-                f"at least 3. Received: sequence_length={sequence_length}"
-            )
         self.tokenizer = tokenizer
-        self.sequence_length = int(sequence_length)
+        self.sequence_length = packed_length(sequence_length)
         self.ignored_label = ignored_label
 
     def call(self, x: Any, y: Any = None, sample_weight: Any = None) -> Any:

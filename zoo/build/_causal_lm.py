@@ -1,10 +1,14 @@
-"""What the cards of causal language models say of their figures."""
+"""Train a causal language model and its twin, and say what their cards say of the figures."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from training import causal_lm
+from training.config import load_config
+from zoo.build._runs import CONFIGS, run_with_twin
 
 TEXT_ROWS = (
     ("bits per byte", "lower", "bits_per_byte", 1),
@@ -24,15 +28,19 @@ TWIN_PHRASE = (
 )
 
 
-def twin_overrides(length: int, validation_windows: int) -> tuple[str, ...]:
-    """Return the overrides of a config whose windows have so many tokens."""
-    parts = length // TWIN_LENGTH
-    return (
+def run_causal_lm(
+    config: str, name: str, argv: Sequence[str] | None
+) -> tuple[dict[str, Any], Path, dict[str, Any] | None, str]:
+    """Run `causal_lm` with a config for a preset and its twin; see `run_with_twin`."""
+    whole = load_config(causal_lm.Config, CONFIGS / config)
+    parts = whole.data.sequence_length // TWIN_LENGTH
+    overrides = (
         "model.attention=softmax",
         f"data.sequence_length={TWIN_LENGTH}",
-        f"training.batch_size={parts}",
-        f"training.validation_windows={parts * validation_windows}",
+        f"training.batch_size={parts * whole.training.batch_size}",
+        f"training.validation_windows={parts * whole.training.validation_windows}",
     )
+    return run_with_twin(causal_lm, config, name, argv, overrides, TWIN_PHRASE)
 
 
 def evaluation(model: dict[str, Any], sequences: str) -> str:
@@ -52,9 +60,9 @@ def evaluation(model: dict[str, Any], sequences: str) -> str:
     )
 
 
-def heldout_inputs(preset: Path, texts: Sequence[str], length: int) -> dict[str, np.ndarray]:
-    """Return beginnings of held-out sequences, on which the effect of rounding is measured."""
+def heldout_inputs(preset: Path, texts: Sequence[str]) -> dict[str, np.ndarray]:
+    """Return 1,024 tokens of held-out sequences, on which the effect of rounding is measured."""
     from keras_performer.models import PerformerCausalLMPreprocessor
 
     preprocessor = PerformerCausalLMPreprocessor.from_preset(str(preset))
-    return preprocessor.generate_preprocess(list(texts), sequence_length=length)
+    return preprocessor.generate_preprocess(list(texts), sequence_length=1024)

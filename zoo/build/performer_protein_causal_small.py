@@ -6,28 +6,20 @@ the twin is unfinished.
 
 from collections.abc import Sequence
 
-from training import causal_lm
 from zoo.build import tables
-from zoo.build._causal_lm import (
-    PROTEIN_ROWS,
-    TWIN_PHRASE,
-    evaluation,
-    heldout_inputs,
-    twin_overrides,
-)
+from zoo.build._causal_lm import PROTEIN_ROWS, evaluation, heldout_inputs, run_causal_lm
 from zoo.build._preset import publish
 from zoo.build._record import Record
-from zoo.build._runs import facts, figures, run_with_twin
+from zoo.build._runs import facts, figures
 from zoo.build._swiss_prot import swiss_prot
 
 NAME = "performer_protein_causal_small"
 CONFIG = "protein_causal_lm.toml"
-TWIN = twin_overrides(length=8192, validation_windows=16)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, and write the folder and the tables."""
-    model, output, twin, phrase = run_with_twin(causal_lm, CONFIG, NAME, argv, TWIN, TWIN_PHRASE)
+    model, output, twin, phrase = run_causal_lm(CONFIG, NAME, argv)
     data, _, heldout = swiss_prot(model)
     record = Record(
         name=NAME,
@@ -50,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         **facts(model, model["config"]["data"]["sequence_length"]),
     )
     sequences = [protein.sequence[:1000] for protein in heldout[-8:]]
-    publish(output / "preset", record, heldout_inputs(output / "preset", sequences, 1024))
+    publish(output / "preset", record, heldout_inputs(output / "preset", sequences))
     tables.main()
 
 

@@ -7,30 +7,22 @@ the twin is unfinished.
 from collections.abc import Sequence
 from typing import Any
 
-from training import causal_lm
 from training.data.text import load_text
 from zoo.build import tables
-from zoo.build._causal_lm import (
-    TEXT_ROWS,
-    TWIN_PHRASE,
-    evaluation,
-    heldout_inputs,
-    twin_overrides,
-)
+from zoo.build._causal_lm import TEXT_ROWS, evaluation, heldout_inputs, run_causal_lm
 from zoo.build._preset import publish
 from zoo.build._record import Data, Record
-from zoo.build._runs import facts, figures, run_with_twin
+from zoo.build._runs import facts, figures
 
 NAME = "performer_text_small"
 CONFIG = "text_causal_lm.toml"
-TWIN = twin_overrides(length=8192, validation_windows=16)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, and write the folder and the tables."""
-    model, output, twin, phrase = run_with_twin(causal_lm, CONFIG, NAME, argv, TWIN, TWIN_PHRASE)
+    model, output, twin, phrase = run_causal_lm(CONFIG, NAME, argv)
     texts = [example.text[:8000] for example in load_text()["test"][:8]]
-    inputs = heldout_inputs(output / "preset", texts, 1024)
+    inputs = heldout_inputs(output / "preset", texts)
     publish(output / "preset", make_record(model, twin, phrase), inputs)
     tables.main()
 
