@@ -2,7 +2,14 @@
 
 import pytest
 
+COMPILED = (pytest.mark.slow_on_jax, pytest.mark.slow_on_tensorflow)
+
 
 def slow_on_jax(*cases):
     """Cases that are left to the slow run on JAX, which compiles every new shape."""
     return [pytest.param(case, marks=pytest.mark.slow_on_jax) for case in cases]
+
+
+def slow_where_compiled(*cases):
+    """Cases that are left to the slow run on JAX and TensorFlow."""
+    return [pytest.param(case, marks=COMPILED) for case in cases]

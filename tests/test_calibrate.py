@@ -4,7 +4,7 @@ import keras
 import keras_hub
 import numpy as np
 import pytest
-from marks import slow_on_jax
+from marks import slow_where_compiled
 from test_performerize import (  # noqa: F401, a fixture
     HUB,
     attention_model,
@@ -93,7 +93,7 @@ def test_the_loss_is_the_error_at_the_teachers_inputs():
 
 
 @pytest.mark.usefixtures("eagerly")
-@pytest.mark.parametrize("train", ["feature_maps", *slow_on_jax("attention", "all")])
+@pytest.mark.parametrize("train", ["feature_maps", *slow_where_compiled("attention", "all")])
 def test_attention_comes_closer_and_nothing_else_changes(train):
     keras.utils.set_random_seed(1)  # of the order of batches
     teacher = teacher_model()

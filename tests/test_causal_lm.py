@@ -7,7 +7,7 @@ import keras_hub
 import numpy as np
 import pytest
 from gradients import call
-from marks import slow_on_jax
+from marks import COMPILED, slow_on_jax, slow_where_compiled
 from tolerances import assert_close, relative_rms, to_numpy
 
 from keras_performer.models import (
@@ -80,12 +80,13 @@ def greedy_by_full_passes(model, inputs):
     return token_ids, min(margins)
 
 
-# What the tests of layers hold too is left out on JAX.
+# What the tests of layers hold too is left out where every new shape is compiled.
 @pytest.mark.parametrize(
     "kind",
     [
         "exact_window",
-        *slow_on_jax(*sorted(KINDS.keys() - {"relu", "exact_window"})),
+        *slow_on_jax("performer"),
+        *slow_where_compiled("learned", "softmax", "reversible", "sliding_window"),
     ],
 )
 def test_greedy_tokens_are_those_of_full_passes(kind):
@@ -106,7 +107,7 @@ def test_greedy_tokens_are_those_of_full_passes(kind):
 
 @pytest.mark.parametrize(
     "sampler",
-    ["top_p", "beam", *slow_on_jax("top_k", "random", "contrastive")],
+    ["top_p", "beam", *slow_where_compiled("top_k", "random", "contrastive")],
 )
 def test_samplers_keep_the_prompts(sampler):
     if sampler == "contrastive":
@@ -139,6 +140,7 @@ def test_a_beam_of_one_is_greedy_and_more_beams_are_no_worse():
     assert log_likelihood(8) >= log_likelihood(1) - 1e-4
 
 
+@pytest.mark.slow_on_jax
 def test_learned_positions_end():
     model = make_model(position_embedding="learned", max_sequence_length=8)
     with pytest.raises(ValueError, match=r"for 8 tokens\. Received: a length of 9"):
@@ -338,7 +340,7 @@ def test_untied_weights_and_every_option_come_back(tmp_path):
         pytest.param({}, 9, marks=pytest.mark.slow_on_jax),
         pytest.param({"dropout": 0.2}, 9, marks=pytest.mark.slow_on_jax),
         ({}, 300),
-        pytest.param({"exact_window": 16}, 700, marks=pytest.mark.slow_on_jax),
+        pytest.param({"exact_window": 16}, 700, marks=COMPILED),
     ],
 )
 def test_recomputed_blocks_have_the_same_gradients(options, length):

@@ -56,7 +56,7 @@ def test_a_token_sees_those_before(kind):
 
 
 @pytest.mark.parametrize("kind", FEWER_ON_JAX)
-@pytest.mark.parametrize("crosses", [False, True])
+@pytest.mark.parametrize("crosses", [*slow_on_jax(False), True])
 def test_token_by_token_equals_one_call(kind, crosses):
     block = make_block(cross_attention=crosses, **KINDS[kind])
     x, encoded = inputs(length=9), inputs(length=5, width=6, seed=4)

@@ -11,6 +11,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+from marks import slow_on_jax
 from rich.console import Console
 from tolerances import assert_close, assert_gradients_close, to_numpy
 
@@ -407,7 +408,7 @@ def attend_over_shards(causal):
 
 
 @on_jax
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("causal", [*slow_on_jax(False), True])
 def test_devices_along_a_sequence_exchange_its_state_only(causal):
     child = start_child(f"attend_over_shards({causal})")
     call = attention_and_gradients(favor_attention, causal)

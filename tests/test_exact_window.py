@@ -373,7 +373,7 @@ def test_other_float_types(dtype, causal):
 
 
 @pytest.mark.parametrize("implementation", STATEFUL)
-@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize("segmented", [*slow_on_jax(False), True])
 @pytest.mark.parametrize(
     "splits",
     [
