@@ -14,7 +14,9 @@ CONFIGS = Path("training") / "configs"
 HARDWARE = "2 x86 cores of a virtual machine that other work shared"
 
 
-def run(recipe: ModuleType, config: str, name: str, *overrides: str) -> tuple[dict[str, Any], Path]:
+def run(
+    recipe: ModuleType, config: str, name: str, *overrides: str, preset: str | None = None
+) -> tuple[dict[str, Any], Path]:
     """Run a recipe, or go on with a run that was killed; one that was finished is not repeated.
 
     **Args**
@@ -22,6 +24,7 @@ def run(recipe: ModuleType, config: str, name: str, *overrides: str) -> tuple[di
         config: Name of the TOML file in `training/configs`.
         name: Of the run's folder in `runs`.
         *overrides: Of keys of the config, "key=value" each.
+        preset: Name or folder of the preset to train on, if the recipe takes one.
 
     **Returns** The figures of the run, and its folder.
     """
@@ -32,9 +35,11 @@ def run(recipe: ModuleType, config: str, name: str, *overrides: str) -> tuple[di
         finished = json.loads(metrics.read_text(encoding="utf-8"))
         # As a config, because a key that is newer than the run has its default there.
         made_with = config_of(recipe.Config, finished["config"], str(metrics))
-        if made_with == load_config(recipe.Config, path, overrides):
+        wanted = load_config(recipe.Config, path, overrides), preset
+        if (made_with, finished.get("preset")) == wanted:
             return finished, output
     arguments = [f"--set={override}" for override in overrides]
+    arguments += [f"--preset={preset}"] if preset else []
     return recipe.main([f"--config={path}", f"--output={output}", *arguments]), output
 
 
@@ -46,6 +51,7 @@ def run_with_twin(
     twin_overrides: Sequence[str] = ("model.attention=softmax",),
     twin_phrase: str = 'the same config with `attention = "softmax"`: same tokens, steps and '
     "parameters but for the random features.",
+    preset: str | None = None,
 ) -> tuple[dict[str, Any], Path, dict[str, Any] | None, str]:
     """Run a recipe for a preset, and once more with softmax attention unless told not to.
 
@@ -56,6 +62,7 @@ def run_with_twin(
         argv: Command-line arguments. With `--without-twin` the twin is not trained.
         twin_overrides: Of keys of the config, for the twin.
         twin_phrase: What a card says of the twin.
+        preset: Name of the preset of the zoo to train on. The twin is trained on its twin.
 
     **Returns** The figures of the run, its folder, the figures of the twin (None: it is not
     trained), and what the card says of it.
@@ -63,11 +70,12 @@ def run_with_twin(
     parser = argparse.ArgumentParser(description=f"Build {name}.")
     parser.add_argument("--without-twin", action="store_true", help="do not train the softmax twin")
     arguments = parser.parse_args(argv)
-    model, output = run(recipe, config, name)
+    model, output = run(recipe, config, name, preset=preset)
     softmax = f"{name}_softmax"
     if arguments.without_twin:
         return model, output, None, unfinished(model, softmax)
-    twin, _ = run(recipe, config, softmax, *twin_overrides)
+    start = f"runs/{preset}_softmax/preset" if preset else None
+    twin, _ = run(recipe, config, softmax, *twin_overrides, preset=start)
     return model, output, twin, twin_phrase
 
 

@@ -5,7 +5,6 @@ twin is unfinished.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import numpy as np
 from training import classification
 from training.data.documents import load_spam_assassin
 from zoo.build import tables
+from zoo.build._classification import ROWS, evaluation, heldout_inputs
 from zoo.build._preset import publish
 from zoo.build._record import Data, Record
 from zoo.build._runs import facts, figures, run_with_twin
@@ -24,7 +24,9 @@ CONFIG = "documents_spam.toml"
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, and write the folder and the tables."""
     model, output, twin, phrase = run_with_twin(classification, CONFIG, NAME, argv)
-    publish(output / "preset", make_record(model, twin, phrase), heldout_inputs(output))
+    texts = [example.text for example in load_spam_assassin()["test"][:64]]
+    inputs = heldout_inputs(output / "preset", texts)
+    publish(output / "preset", make_record(model, twin, phrase), inputs)
     tables.main()
 
 
@@ -44,7 +46,7 @@ def make_record(model: dict[str, Any], twin: dict[str, Any] | None, phrase: str)
             split="By the hash of the body, after duplicates were dropped.",
             counts={f"{split} mails": len(examples) for split, examples in splits.items()},
         ),
-        evaluation=evaluation(model),
+        evaluation=evaluation(model, "mails"),
         metrics=figures(ROWS, "majority", model, twin),
         softmax_twin=phrase,
         baseline="always the most frequent class; for cross-entropy the frequencies of the classes "
@@ -61,32 +63,6 @@ def make_record(model: dict[str, Any], twin: dict[str, Any] | None, phrase: str)
         rebuild=f"python -m zoo.build.{NAME}",
         **facts(model, float(np.mean(lengths))),
     )
-
-
-ROWS = (
-    ("accuracy in %", "higher", "accuracy", 100),
-    ("macro F1", "higher", "macro_f1", 1),
-    ("Matthews correlation", "higher", "matthews", 1),
-    ("cross-entropy in nats", "lower", "cross_entropy", 1),
-)
-
-
-def evaluation(model: dict[str, Any]) -> str:
-    """Return what was measured, and how sure it is."""
-    test = model["test"]
-    low, high = (100 * bound for bound in test["model"]["accuracy_interval"])
-    return (
-        f"{test['examples']:,} mails of the test split; the 95 % interval of the accuracy is "
-        f"{low:.1f} to {high:.1f} %."
-    )
-
-
-def heldout_inputs(output: Path) -> dict[str, np.ndarray]:
-    """Return mails of the test split, on which the effect of rounding is measured."""
-    from keras_performer.models import PerformerSequenceClassifierPreprocessor
-
-    preprocessor = PerformerSequenceClassifierPreprocessor.from_preset(str(output / "preset"))
-    return preprocessor([example.text for example in load_spam_assassin()["test"][:64]])
 
 
 if __name__ == "__main__":
