@@ -15,9 +15,7 @@ def test_every_block_is_found():
 
 
 # On TensorFlow the export is that of the first tutorial, and eager generation takes its time.
-MARKS = {
-    title: pytest.mark.slow_on_tensorflow for title in TUTORIALS if title != "Masked residues"
-}
+MARKS = {title: pytest.mark.slow_on_tensorflow for title in TUTORIALS if title != "Masked residues"}
 
 
 @pytest.mark.slow_on_jax
