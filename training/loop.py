@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 
 from keras_performer.callbacks import AttentionHealth, RedrawFeatures
-from keras_performer.layers import PerformerAttention
+from keras_performer.layers import attention_layers
 from training.data.batches import Batches
 from training.distribution import (
     adamw,
@@ -174,10 +174,7 @@ def _optimizer(training: TrainingConfig) -> keras.optimizers.Optimizer:
 
 def _has_features(trainer: keras.Model) -> bool:
     """Return whether a layer of the model has feature attention; the baselines have none."""
-    return any(
-        isinstance(layer, PerformerAttention) and layer.feature_map is not None
-        for layer in trainer._flatten_layers()
-    )
+    return any(layer.feature_map is not None for layer in attention_layers(trainer))
 
 
 def _begin_epoch(trainer: keras.Model, batches: Batches, seed: int, epoch: int) -> None:

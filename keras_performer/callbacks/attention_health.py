@@ -9,7 +9,7 @@ import numpy as np
 
 from keras_performer.callbacks._health import layer_health
 from keras_performer.callbacks._step_multiples import StepMultiples, is_built, step_count
-from keras_performer.layers import PerformerAttention
+from keras_performer.layers import attention_layers
 from keras_performer.layers._arguments import positive_int
 from keras_performer.layers._recording import record_attention
 
@@ -111,7 +111,7 @@ class AttentionHealth(keras.callbacks.Callback):
 
     def _check(self) -> None:
         self._checked = is_built(self.model)
-        layers = [x for x in self.model._flatten_layers() if isinstance(x, PerformerAttention)]
+        layers = attention_layers(self.model)
         if self._checked and all(layer.feature_map is None for layer in layers):
             raise ValueError(
                 "AttentionHealth found nothing to measure: the model has no PerformerAttention "

@@ -8,7 +8,7 @@ import numpy as np
 
 from keras_performer.callbacks._step_multiples import StepMultiples, is_built
 from keras_performer.feature_maps import FeatureMap
-from keras_performer.layers import PerformerAttention
+from keras_performer.layers import attention_layers
 from keras_performer.layers._arguments import positive_int
 
 
@@ -90,8 +90,7 @@ class RedrawFeatures(keras.callbacks.Callback):
 
 def _random_maps(model: Any) -> list[FeatureMap]:
     """The feature maps to draw, in the order of the model's layers."""
-    layers = [x for x in model._flatten_layers() if isinstance(x, PerformerAttention)]
-    maps = [layer.feature_map for layer in layers if layer.feature_map is not None]
+    maps = [x.feature_map for x in attention_layers(model) if x.feature_map is not None]
     return [m for m in maps if m.projection is not None and not m.trainable_projection]
 
 

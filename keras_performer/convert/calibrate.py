@@ -9,7 +9,7 @@ from keras import ops
 
 from keras_performer.convert.performerize import performerize
 from keras_performer.feature_maps import FeatureMap
-from keras_performer.layers import PerformerAttention
+from keras_performer.layers import PerformerAttention, attention_layers
 from keras_performer.layers._recording import (
     AttentionCall,
     AttentionRecord,
@@ -79,7 +79,7 @@ def calibrate(
         raise ValueError(f"train must be one of {_PARTS}. Received: train={train!r}")
     # The same layers with exact attention, whose calls can be recorded.
     exact = performerize(teacher, feature_map=None)
-    attentions, targets = _attentions(student), _attentions(exact)
+    attentions, targets = attention_layers(student), attention_layers(exact)
     if [_sizes(x) for x in attentions] != [_sizes(x) for x in targets]:
         raise ValueError(
             "student must be what performerize made of teacher, with the same attention layers in "
@@ -148,8 +148,8 @@ class _Transfer(keras.Model):
             if self.on_own_inputs:
                 self.student(inputs, training=False)
             else:
-                twins = zip(_attentions(self.teacher), _attentions(self.student), strict=True)
-                students = {id(theirs): ours for theirs, ours in twins}
+                pairs = (attention_layers(model) for model in (self.teacher, self.student))
+                students = {id(theirs): ours for theirs, ours in zip(*pairs, strict=True)}
                 for target in targets:
                     students[id(target.layer)](**{**target.arguments, "training": False})
         if self.needs_far_keys:
@@ -191,10 +191,6 @@ def _query_mask(call: AttentionCall, key_mask: Any) -> Any:
 def _output(call: AttentionCall) -> Any:
     """The output, without attention scores."""
     return call.output[0] if isinstance(call.output, tuple) else call.output
-
-
-def _attentions(model: Any) -> list[PerformerAttention]:
-    return [x for x in model._flatten_layers() if isinstance(x, PerformerAttention)]
 
 
 def _sizes(layer: PerformerAttention) -> tuple[str, int, int]:

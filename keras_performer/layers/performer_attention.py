@@ -796,6 +796,26 @@ class _QueryKeyNorm(keras.layers.RMSNormalization):
         self.built = True
 
 
+def attention_layers(model: keras.Model) -> list[PerformerAttention]:
+    """Return every `PerformerAttention` in a model, in the order of its layers.
+
+    A layer that `fit` makes with the first batch is not there before.
+
+    **Args**
+        model: A model, whose layers may hold attention at any depth.
+
+    **Returns** The layers; [] if there is none.
+
+    **Example**
+
+    >>> inputs = keras.Input((7, 4))
+    >>> outputs = PerformerAttention(num_heads=2, key_dim=8, name="first")(inputs, inputs)
+    >>> [layer.name for layer in attention_layers(keras.Model(inputs, outputs))]
+    ['first']
+    """
+    return [x for x in model._flatten_layers() if isinstance(x, PerformerAttention)]
+
+
 def _rotate(
     query: Any, key: Any, mask: Any, positions: Any, max_wavelength: float
 ) -> tuple[Any, Any]:
