@@ -10,15 +10,19 @@ import importlib.util
 import inspect
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import keras
+
+from keras_performer.presets import local_folder
 
 FORMATS = ("tf_saved_model", "litert", "onnx")
 WEIGHTS = ("float32", "float16", "int8")
@@ -214,7 +218,6 @@ def _load(preset: str) -> keras.Model:
     """Load the task in a preset, or the backbone where there is no task."""
     import keras_performer.convert  # noqa: F401 - registers the classes that a preset names
     from keras_performer.models._load_preset import check_files, has_head
-    from keras_performer.presets import local_folder
 
     folder = local_folder(preset)
     check_files(folder, wants_weights=True, has_head=False)
@@ -227,7 +230,13 @@ def _load(preset: str) -> keras.Model:
             "Import the package that defines it, load the model, and pass the model."
         )
     check_files(folder, wants_weights=True, has_head=has_head(model_class))
-    return model_class.from_preset(str(folder))
+    try:
+        return model_class.from_preset(str(folder))
+    except TypeError as error:
+        raise ValueError(
+            f"The preset {str(folder)!r} could not be loaded. Import the modules that define the "
+            f"layers and functions of your own that are in it first. Keras said: {error}"
+        ) from error
 
 
 # The child process: from a backend that cannot write, through a file, to TensorFlow.
@@ -235,13 +244,17 @@ def _load(preset: str) -> keras.Model:
 
 def _export_in_child(model_or_preset: Any, target: Path, format: str, weights: str) -> None:
     with tempfile.TemporaryDirectory(prefix="keras_performer_export_") as scratch:
-        job = {"path": str(target), "format": format, "weights": weights, "modules": []}
+        job = {"path": str(target), "format": format, "weights": weights}
         if isinstance(model_or_preset, keras.Model):
             job["model"] = str(Path(scratch) / "model.keras")
-            job["modules"] = _custom_modules(model_or_preset)
             model_or_preset.save(job["model"])
+            with zipfile.ZipFile(job["model"]) as saved:
+                configs = saved.read("config.json").decode()
         else:
             job["preset"] = os.fspath(model_or_preset)
+            files = local_folder(job["preset"]).glob("*.json")
+            configs = "".join(file.read_text(encoding="utf-8") for file in files)
+        job["modules"] = _custom_modules(configs)
         job["error"] = str(Path(scratch) / "error.json")
         environment = {
             **os.environ,
@@ -274,10 +287,13 @@ def _export_in_child(model_or_preset: Any, target: Path, format: str, weights: s
         )
 
 
-def _custom_modules(model: keras.Model) -> list[str]:
-    """The modules that define a model's layers, other than Keras's and ours."""
-    layers = [model, *model._flatten_layers(include_self=False)]
-    modules = {cls.__module__ for layer in layers for cls in inspect.getmro(type(layer))}
+def _custom_modules(configs: str) -> list[str]:
+    """The modules that define what saved configs name, other than Keras's and ours."""
+    modules = set(re.findall(r'"module": "([\w.]+)"', configs))
+    for name, registered in keras.saving.get_custom_objects().items():
+        # Functions are saved without the package that they were registered for.
+        if any(f'"{known}"' in configs for known in (name, name.split(">")[-1])):
+            modules.add(registered.__module__)
     ours = {"builtins", "keras", "keras_hub", "keras_performer", "tensorflow", "jax", "torch"}
     return sorted(name for name in modules if name.split(".")[0] not in ours)
 
@@ -286,22 +302,22 @@ def run_job(text: str) -> None:
     """Do what `_export_in_child` asks, in the child process.
 
     **Args**
-        text: The job as JSON: a saved `model` with the `modules` it needs, or a `preset`; and
+        text: The job as JSON: a saved `model` or a `preset`, and the `modules` that it needs; and
             `path`, `format`, `weights` and the file for an `error`.
 
     **Raises** SystemExit with 1 after an error that the parent raises again.
     """
     job = json.loads(text)
     try:
-        source = job["preset"] if "preset" in job else _load_saved(job["model"], job["modules"])
-        export(source, job["path"], job["format"], weights=job["weights"])
+        model = _load_with(job["modules"], preset=job.get("preset"), file=job.get("model"))
+        export(model, job["path"], job["format"], weights=job["weights"])
     except tuple(_FORWARDED.values()) as error:
         kind = next(name for name, cls in _FORWARDED.items() if isinstance(error, cls))
         Path(job["error"]).write_text(json.dumps([kind, str(error)]), encoding="utf-8")
         sys.exit(1)
 
 
-def _load_saved(file: str, modules: list[str]) -> keras.Model:
+def _load_with(modules: list[str], preset: str | None, file: str | None) -> keras.Model:
     import keras_performer.convert  # noqa: F401 - registers its classes, and those of models
 
     missing = []
@@ -312,9 +328,13 @@ def _load_saved(file: str, modules: list[str]) -> keras.Model:
         else:
             importlib.import_module(name)
     try:
+        if preset is not None:
+            return _load(preset)
         # Saved by the parent a moment ago, so code in it is no stranger's.
         return keras.saving.load_model(file, compile=False, safe_mode=False)
     except (TypeError, ValueError) as error:
+        if not missing and preset is not None:
+            raise
         raise ValueError(
             "Only TensorFlow writes this format, so a child process loads the model under the "
             "TensorFlow backend, and could not. Layers and functions of your own must be decorated "

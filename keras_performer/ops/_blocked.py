@@ -23,7 +23,6 @@ from keras_performer.ops._chunks import (
     normalize,
     overlapping,
     pad,
-    pad_before,
     part,
     split,
     with_ones,
@@ -88,15 +87,14 @@ def attend(
     empty = initial_carry(None, key, value, feature_map)
     value = with_ones(value, key_mask)
     arrays = {"query": _query_blocks(query, window, size, num_steps)}
+    beside = {"lead": window, "before": window, "after": after}
     for name, x in (("key", key), ("value", value), ("mask", key_mask)):
-        x = pad_before(x, 2, window)
-        arrays[name] = overlapping(x, 2, size * window, num_steps, window, after)
+        arrays[name] = overlapping(x, 2, size * window, num_steps, **beside)
     sinks, count = (), 0
     if near.num_sinks:
         place = ops.expand_dims(ops.arange(num_steps * size * window, dtype="int32"), 0)
         # What lies before the first key is a sink here too, and masked.
-        place = pad_before(place, 1, window)
-        place = overlapping(place, 1, size * window, num_steps, window, after)
+        place = overlapping(place, 1, size * window, num_steps, **beside)
         arrays["is_sink"] = place < near.num_sinks
         arrays["block"] = split(ops.arange(num_steps * size, dtype="int32"), 0, size)
         count = min(near.num_sinks, length) if isinstance(length, int) else near.num_sinks

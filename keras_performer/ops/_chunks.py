@@ -55,23 +55,18 @@ def is_one(count: Any) -> bool:
     return isinstance(count, int) and count == 1
 
 
-def pad(x: Any, axis: int, length: Any) -> Any:
-    """Pad with zeros at the end of `axis` to `length`, static or not."""
+def pad(x: Any, axis: int, length: Any, before: int = 0) -> Any:
+    """Pad `axis` with zeros to `length`, static or not, `before` of them at its start."""
     current = ops.shape(x)[axis]
-    if isinstance(current, int) and isinstance(length, int) and current == length:
-        return x
-    shape = [*ops.shape(x)]
-    shape[axis] = length - current
-    return ops.concatenate([x, ops.zeros(shape, dtype_of(x))], axis=axis)
-
-
-def pad_before(x: Any, axis: int, count: int) -> Any:
-    """Put `count` zeros at the start of `axis`."""
-    if count == 0:
-        return x
-    shape = [*ops.shape(x)]
-    shape[axis] = count
-    return ops.concatenate([ops.zeros(shape, dtype_of(x)), x], axis=axis)
+    shape, parts = [*ops.shape(x)], [x]
+    if before:
+        shape[axis] = before
+        parts.insert(0, ops.zeros(shape, dtype_of(x)))
+    missing = length - current - before
+    if not (isinstance(missing, int) and missing == 0):
+        shape[axis] = missing
+        parts.append(ops.zeros(shape, dtype_of(x)))
+    return ops.concatenate(parts, axis=axis) if len(parts) > 1 else x
 
 
 def part(x: Any, axis: int, start: int, length: Any) -> Any:
@@ -99,26 +94,27 @@ def split(x: Any, axis: int, size: int) -> Any:
 
 
 def overlapping(
-    x: Any, axis: int, size: int, num_chunks: Any, before: int = 0, after: int = 0
+    x: Any, axis: int, size: int, num_chunks: Any, *, lead: int, before: int, after: int
 ) -> Any:
     """Cut `axis` into chunks of `size`, each with the slots beside it, and zeros at the end.
 
     Args:
-        x: A tensor whose first `before` slots lie before the first chunk.
+        x: A tensor.
         axis: Positive.
         size: At least `before` and `after` if there are several chunks.
         num_chunks: Number of chunks.
+        lead: Zeros to put before x. The first chunk begins at slot `before` of the two.
         before: Slots to the left that a chunk has besides its own.
         after: Slots to the right.
 
     Returns:
         (num_chunks, ..., before + size + after, ...).
     """
-    x = pad(x, axis, before + num_chunks * size + (size if after else 0))
+    if is_one(num_chunks):  # which may be shorter than what lies beside it
+        return ops.expand_dims(pad(x, axis, before + size + after, lead), 0)
+    x = pad(x, axis, before + num_chunks * size + (size if after else 0), lead)
 
     def chunks(start: int, length: int) -> Any:
-        if is_one(num_chunks):  # which may be shorter than what lies beside it
-            return ops.expand_dims(part(x, axis, start, length), 0)
         found = split(part(x, axis, start, num_chunks * size), axis, size)
         return found if length == size else part(found, axis + 1, 0, length)
 

@@ -18,7 +18,6 @@ from keras_performer.ops._chunks import (
     join_rows,
     normalize,
     overlapping,
-    pad_before,
     part,
     reads_run,
     run_before,
@@ -298,7 +297,7 @@ def _tiles(key, value, key_mask, runs, near, size, num_tiles, before, after):
     lead = before - near.front  # the state's slots are those before the first tile
 
     def tiles(x, axis):
-        return overlapping(pad_before(x, axis, lead), axis, size, num_tiles, before, after)
+        return overlapping(x, axis, size, num_tiles, lead=lead, before=before, after=after)
 
     arrays = {
         "key": tiles(key, 2),
@@ -310,7 +309,7 @@ def _tiles(key, value, key_mask, runs, near, size, num_tiles, before, after):
         arrays["stays"] = tiles(near.stays, 1)
     if runs is not None:
         # Padding continues the last run, so that the sums at the end are the last segment's.
-        end = near.front + (num_tiles + bool(after)) * size
+        end = near.front + num_tiles * size + after
         more = ops.broadcast_to(runs[:, -1:], (ops.shape(runs)[0], end))
         arrays["run"] = tiles(ops.concatenate([runs, more], axis=1)[:, :end], 1)
     # Before a single tile lies only what a state remembers.

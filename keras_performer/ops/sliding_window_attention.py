@@ -12,7 +12,6 @@ from keras_performer.ops._chunks import (
     normalize,
     overlapping,
     pad,
-    pad_before,
     run_indices,
     same_run,
     split,
@@ -101,8 +100,8 @@ def sliding_window_attention(
         """Blocks of keys beside their neighbours: (n, ..., 2 or 3 blocks, ...)."""
         if causal:
             x = x[(slice(None),) * axis + (slice(None, total),)]  # no query sees later keys
-        x = pad_before(x, axis, size)
-        return overlapping(x, axis, size, num_blocks, size, 0 if causal else size)
+        after = 0 if causal else size
+        return overlapping(x, axis, size, num_blocks, lead=size, before=size, after=after)
 
     position = ops.expand_dims(ops.arange(size) + size, -1)
     distance = position - ops.expand_dims(ops.arange(size * (2 if causal else 3)), 0)
