@@ -367,3 +367,25 @@ def test_bad_input_ends_with_one_sentence_before_any_training(
     with pytest.raises(SystemExit, match=message) as error:
         main([f"--config={PROTEINS}", f"--output={tmp_path / 'run'}", *overrides(), *options])
     assert re.match("error: [^\n]*$", str(error.value)), str(error.value)
+
+
+def test_a_preset_whose_positions_end_too_early_leaves_earlier_figures(proteins, tmp_path):
+    """It was found in `fit` only, when the figures of a finished run were deleted."""
+    masked_lm(tmp_path / "mlm", position_embedding="learned", max_sequence_length=31)
+    figures = tmp_path / "run" / "metrics.json"
+    figures.parent.mkdir()
+    figures.write_text("{}", encoding="utf-8")
+    message = r"at most 31 tokens, and 'data\.sequence_length' is 32\. Pass --set .*=31 or less"
+    with pytest.raises(SystemExit, match=message):
+        main(
+            [f"--config={PROTEINS}", f"--file={proteins}", f"--output={figures.parent}",
+             f"--preset={tmp_path / 'mlm'}", *overrides()]
+        )  # fmt: skip
+    assert figures.read_text(encoding="utf-8") == "{}"
+
+
+def test_a_preset_with_as_many_positions_as_the_config_asks_for_is_taken(tmp_path):
+    masked_lm(tmp_path / "mlm", position_embedding="learned", max_sequence_length=32)
+    corpus = Corpus("proteins", "", ["a", "b"], {}, "")
+    model = classification.build_model(load(PROTEINS), corpus, str(tmp_path / "mlm"), None)
+    assert model.backbone.max_sequence_length == 32

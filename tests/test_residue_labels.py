@@ -7,7 +7,12 @@ import numpy as np
 import pytest
 from killing import assert_same_curves, killed_and_whole, needs_kill
 
-from keras_performer.models import PerformerTokenClassifier, ProteinTokenizer
+from keras_performer.models import (
+    PerformerEncoderBackbone,
+    PerformerTokenClassifier,
+    PerformerTokenClassifierPreprocessor,
+    ProteinTokenizer,
+)
 from training import residue_labels
 from training.config import load_config
 from training.data.examples import Example
@@ -216,3 +221,15 @@ def test_bad_input_ends_with_one_sentence_before_any_training(
     with pytest.raises(SystemExit, match=message) as error:
         main([f"--config={CONFIG}", f"--output={tmp_path / 'run'}", *overrides(), *options])
     assert re.match("error: [^\n]*$", str(error.value)), str(error.value)
+
+
+def test_a_preset_whose_positions_end_too_early_is_refused(tmp_path):
+    tokenizer = ProteinTokenizer()
+    encoder = PerformerEncoderBackbone(
+        tokenizer.vocabulary_size(), num_layers=1, num_heads=1, hidden_dim=2, intermediate_dim=3,
+        num_features=5, position_embedding="learned", max_sequence_length=23,
+    )  # fmt: skip
+    preprocessor = PerformerTokenClassifierPreprocessor(tokenizer, sequence_length=23)
+    PerformerTokenClassifier(encoder, 8, preprocessor).save_to_preset(str(tmp_path))
+    with pytest.raises(ValueError, match=r"at most 23 tokens, and 'data\.sequence_length' is 24"):
+        residue_labels.build_model(load(), str(tmp_path), None)

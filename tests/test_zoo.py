@@ -35,7 +35,7 @@ if importlib.util.find_spec("matplotlib") is None:
 
 from training import causal_lm
 from training.config import load_config
-from zoo.build import _runs, tables
+from zoo.build import _causal_lm, _runs, performer_antibody_small, tables
 from zoo.build._card import card
 from zoo.build._preset import move_to_url, publish, round_array, round_weights
 from zoo.build._record import Data, Metric, Point, Record, read_record, task_class
@@ -478,6 +478,33 @@ def test_a_finished_run_is_used_though_its_config_has_new_keys(tmp_path, monkeyp
     assert _runs.run(causal_lm, "text_causal_lm.toml", "text", "seed=2")[0] == "trained anew"
     (output / "backup").mkdir()
     assert _runs.run(causal_lm, "text_causal_lm.toml", "text")[0] == "trained anew"
+
+
+def test_the_card_of_a_causal_twin_says_how_many_windows_it_had(monkeypatch):
+    monkeypatch.setattr(_causal_lm, "CONFIGS", ROOT / "training" / "configs")
+    monkeypatch.setattr(_causal_lm, "run_with_twin", lambda *arguments: arguments[-2:])
+    overrides, phrase = _causal_lm.run_causal_lm("text_causal_lm.toml", "text", [])
+    assert "training.batch_size=8" in overrides
+    assert "windows of 1,024 tokens, 8 times as many windows a step: same tokens" in phrase
+
+
+def test_a_trial_does_not_replace_the_published_preset(tmp_path, monkeypatch, capsys):
+    build, published = performer_antibody_small, []
+    monkeypatch.setattr(build, "run", lambda *arguments: ({}, Path(arguments[2])))
+    for name in ("make_record", "heldout_inputs"):
+        monkeypatch.setattr(build, name, lambda _: None)
+    monkeypatch.setattr(build, "publish", lambda *arguments: published.append(arguments))
+    monkeypatch.setattr(build.tables, "main", lambda: published.append("tables"))
+    for zoo in ([], [f"--zoo={ROOT / 'tests' / '..' / 'zoo'}"]):
+        with pytest.raises(SystemExit):
+            build.main(["--set=seed=2", *zoo])
+        assert "Pass --zoo with another folder" in capsys.readouterr().err
+    assert not published
+    # A folder that is not there yet is made before the training.
+    build.main(["--set=seed=2", f"--zoo={tmp_path / 'trials'}"])
+    trial = Path("performer_antibody_small_trial") / "preset"
+    assert published == [(trial, None, None, tmp_path / "trials")]
+    assert (tmp_path / "trials").is_dir()
 
 
 # The zoo that is shipped.

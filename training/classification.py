@@ -368,6 +368,7 @@ def build_model(
         config.model,
         tokenizer.vocabulary_size(),
         tokenizer if corpus.takes_strings else None,
+        config.data.sequence_length,
         preset,
         config.seed,
         config.training.precision,

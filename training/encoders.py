@@ -24,6 +24,7 @@ def build_encoder(
     section: ModelConfig,
     vocabulary_size: int,
     tokenizer: Any,
+    sequence_length: int,
     preset: str | None,
     seed: int,
     precision: str,
@@ -36,12 +37,13 @@ def build_encoder(
         section: Section `[model]` of the config.
         vocabulary_size: Number of token ids.
         tokenizer: What makes token ids; None if the data come as ids.
+        sequence_length: `data.sequence_length`, the length of the longest inputs.
         preset: Name or folder of a preset.
         seed: Of the initial weights and of dropout.
         precision: Dtype policy.
 
-    **Raises** ValueError if the preset is damaged or unknown, has other tokens, or another
-    attention than the section names.
+    **Raises** ValueError if the preset is damaged or unknown, has other tokens, another attention
+    than the section names, or learned positions for shorter inputs only.
     """
     from keras_performer.models import PerformerEncoderBackbone
 
@@ -64,6 +66,13 @@ def build_encoder(
             f"The preset's attention is {encoder.attention!r}, and 'model.attention' is "
             f"{section.attention!r}. Pass --set model.attention={encoder.attention}, or another "
             f"preset. Received: {preset}"
+        )
+    limit = encoder.max_sequence_length
+    if limit is not None and sequence_length > limit:
+        raise ValueError(
+            f"The preset has learned positions for at most {limit} tokens, and "
+            f"'data.sequence_length' is {sequence_length}. Pass --set data.sequence_length={limit} "
+            f"or less, or another preset. Received: {preset}"
         )
     return encoder
 

@@ -253,6 +253,7 @@ def build_model(
         config.model,
         tokenizer.vocabulary_size(),
         tokenizer,
+        config.data.sequence_length,
         preset,
         config.seed,
         config.training.precision,

@@ -23,8 +23,8 @@ PROTEIN_ROWS = (
 # Softmax attention over whole windows takes several times as long, so a twin sees parts of them.
 TWIN_LENGTH = 1024
 TWIN_PHRASE = (
-    f"the same config with softmax attention and windows of {TWIN_LENGTH:,} tokens, as many more "
-    "of them in a step: same tokens, steps and parameters but for the random features."
+    f"the same config with softmax attention and windows of {TWIN_LENGTH:,} tokens, {{parts}} "
+    "times as many windows a step: same tokens, steps and parameters but for the random features."
 )
 
 
@@ -40,7 +40,7 @@ def run_causal_lm(
         f"training.batch_size={parts * whole.training.batch_size}",
         f"training.validation_windows={parts * whole.training.validation_windows}",
     )
-    return run_with_twin(causal_lm, config, name, argv, overrides, TWIN_PHRASE)
+    return run_with_twin(causal_lm, config, name, argv, overrides, TWIN_PHRASE.format(parts=parts))
 
 
 def evaluation(model: dict[str, Any], sequences: str) -> str:

@@ -3,9 +3,11 @@
 Each variant of `secondary_structure.toml` trains for the same time, with a learning rate that ends
 with it, and names the states of the same residues of the validation split. Speed counts as much as
 what a step teaches, so run it with nothing else on the cores it has. zoo/README.md keeps the table.
+A variant that was finished is not repeated, unless it was measured with other settings.
 """
 
 import argparse
+import dataclasses
 import json
 import shutil
 from collections.abc import Sequence
@@ -15,6 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from training import residue_labels as recipe
+from training.command import start_keras
 from training.config import load_config
 from zoo.build._runs import CONFIGS
 
@@ -47,19 +50,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=3.0, help="training time of a variant")
     arguments = parser.parse_args(argv)
     console = Console()
+    config = load_config(recipe.Config, CONFIG)
+    start_keras(arguments.backend, config.seed)
+    import keras
+
     rows = []
     for number, (name, overrides) in enumerate(VARIANTS.items()):
+        # What the figures depend on; they are measured again if any of it is another.
+        settings = {
+            "name": name,
+            "overrides": list(overrides),
+            "minutes": arguments.minutes,
+            "backend": keras.config.backend(),
+            "config": dataclasses.asdict(config),
+        }
         finished = OUTPUT / f"{number}.json"
-        if not finished.is_file():
+        row = json.loads(finished.read_text(encoding="utf-8")) if finished.is_file() else {}
+        if row.get("settings") != settings:
             console.print(name)
-            row = measure(name, overrides, arguments, console)
+            row = {"settings": settings, **measure(overrides, arguments, console)}
             finished.write_text(json.dumps(row) + "\n", encoding="utf-8")
-        rows.append(json.loads(finished.read_text(encoding="utf-8")))
+        rows.append(row)
     print(markdown(rows))
 
 
 def measure(
-    name: str, overrides: Sequence[str], arguments: argparse.Namespace, console: Console
+    overrides: Sequence[str], arguments: argparse.Namespace, console: Console
 ) -> dict[str, Any]:
     """Return the figures of one variant."""
     # A short run tells how many steps the time allows.
@@ -68,7 +84,6 @@ def measure(
     steps = max(4, round(60 * arguments.minutes / seconds / 4) * 4)
     model, history = run([*overrides, *schedule(steps, steps // 4)], arguments.backend, console)
     return {
-        "name": name,
         "parameters": model.count_params(),
         "steps": steps,
         "minutes": sum(row["training_seconds"] for row in history) / 60,
@@ -110,8 +125,8 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {row['name']} | {row['parameters']:,} | {row['steps']:,} | {row['minutes']:.1f} "
-        f"| {row['loss']:.3f} | {100 * row['accuracy']:.1f} |"
+        f"| {row['settings']['name']} | {row['parameters']:,} | {row['steps']:,} "
+        f"| {row['minutes']:.1f} | {row['loss']:.3f} | {100 * row['accuracy']:.1f} |"
         for row in rows
     ]
     return "\n".join(lines)

@@ -25,14 +25,21 @@ SETS = {"heldout": "own held-out", "abnativ": "AbNatiV"}
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, and write the folder and the tables."""
     parser = argparse.ArgumentParser(description=f"Build {NAME}.")
-    parser.add_argument("--set", action="append", default=[], help="key=value; for trials")
+    parser.add_argument("--set", action="append", default=[], help="key=value; a trial, with --zoo")
     parser.add_argument("--zoo", type=Path, default=ZOO, help="where the folder goes")
     arguments = parser.parse_args(argv)
+    zoo = arguments.zoo.resolve()
+    if arguments.set and zoo == ZOO:
+        parser.error(
+            "--set is for trials, which must not replace the published preset. Pass --zoo with "
+            f"another folder. Received: --zoo {arguments.zoo}"
+        )
+    zoo.mkdir(parents=True, exist_ok=True)
     # A trial has a folder of its own.
     name = f"{NAME}_trial" if arguments.set else NAME
     metrics, output = run(distill, "antibody_distill.toml", name, *arguments.set)
-    publish(output / "preset", make_record(metrics), heldout_inputs(output), arguments.zoo)
-    if arguments.zoo == ZOO:
+    publish(output / "preset", make_record(metrics), heldout_inputs(output), zoo)
+    if zoo == ZOO:
         tables.main()
 
 
