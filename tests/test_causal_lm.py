@@ -335,15 +335,16 @@ def test_untied_weights_and_every_option_come_back(tmp_path):
 
 @pytest.mark.slow_on_jax
 @pytest.mark.parametrize(
-    ("options", "length"),
+    ("options", "length", "eagerly"),
     [
-        pytest.param({}, 9, marks=pytest.mark.slow_on_jax),
-        pytest.param({"dropout": 0.2}, 9, marks=pytest.mark.slow_on_jax),
-        ({}, 300),
-        pytest.param({"exact_window": 16}, 700, marks=COMPILED),
+        pytest.param({}, 9, False, marks=pytest.mark.slow_on_jax),
+        pytest.param({"dropout": 0.2}, 9, False, marks=pytest.mark.slow_on_jax),
+        ({}, 9, True),
+        ({}, 300, False),
+        pytest.param({"exact_window": 16}, 700, False, marks=COMPILED),
     ],
 )
-def test_recomputed_blocks_have_the_same_gradients(options, length):
+def test_recomputed_blocks_have_the_same_gradients(options, length, eagerly):
     """One step of plain SGD moves every weight the same way with and without `remat`.
 
     The long ones have several chunks, whose own recomputation runs within that of the block.
@@ -351,7 +352,7 @@ def test_recomputed_blocks_have_the_same_gradients(options, length):
     changes = []
     for remat in (False, True):
         model = make_model(remat=remat, **options)
-        model.compile(keras.optimizers.SGD(1.0), sampler="greedy")
+        model.compile(keras.optimizers.SGD(1.0), sampler="greedy", run_eagerly=eagerly)
         before = model.get_weights()
         model.preprocessor = None
         model.train_on_batch(as_inputs(make_tokens(length)), make_tokens(length, seed=4))

@@ -3,7 +3,7 @@ import itertools
 import keras
 import numpy as np
 import pytest
-from gradients import call
+from gradients import call, gradients, value_of
 from marks import slow_on_jax
 from test_encoder_block import NON_DEFAULT, inputs
 from tolerances import assert_close, to_numpy
@@ -158,3 +158,51 @@ def test_bad_input_is_explained():
         make_block(attention="sliding_window")
     with pytest.raises(ValueError, match="of no other"):
         make_block(sliding_window=4)
+
+
+@pytest.mark.slow_on_jax
+@pytest.mark.parametrize("remat", [False, True])
+def test_gradients_reach_the_state_and_the_memory(remat):
+    """By difference quotients: of a stream's second chunk by the first, and by the encoder's."""
+    block = make_block(remat=remat, cross_attention=True, dtype="float32")
+    x, encoded = inputs(length=6), inputs(length=5, width=6, seed=4)
+    block(x, encoded)
+
+    def second(first, encoded):
+        memory = block.encoder_memory(encoded)
+        _, state = block(first, memory, return_state=True, training=True)
+        output = block(x[:, ::-1], memory, initial_state=state, training=True)
+        return keras.ops.sum(output[..., :3] ** 2)
+
+    _, found = gradients(second, x, encoded)
+    for place, gradient in enumerate(found):
+        step = [np.zeros_like(x), np.zeros_like(encoded)]
+        step[place] = (1e-2 / np.abs(gradient).max() * gradient).astype("float32")
+        up = value_of(second, x + step[0], encoded + step[1])
+        down = value_of(second, x - step[0], encoded - step[1])
+        expected = 2 * (gradient * step[place]).sum()
+        np.testing.assert_allclose(up - down, expected, rtol=2e-2)
+        assert np.abs(gradient).max() > 1e-2
+
+
+def test_a_functional_model_returns_the_state_of_segments_by_name():
+    ids = np.array([[0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 2, 2]], "int32")
+    x = inputs(length=6)[:2]
+    block = make_block(**KINDS["exact_window"])
+    tokens, segments = keras.Input(x.shape[1:]), keras.Input((6,), dtype="int32")
+    outputs = block(tokens, segment_ids=segments, return_state=True)
+    output, state = keras.Model([tokens, segments], outputs)([x, ids])
+    expected, expected_state = block(x, segment_ids=ids, return_state=True)
+    assert_close(output, expected, "layer")
+    assert set(state) == set(expected_state) >= {"segment_id", "window_key"}
+    for name, tensor in expected_state.items():
+        assert_close(state[name], tensor, "layer")
+
+
+def test_a_memory_knows_the_keras_mask():
+    block = make_block(cross_attention=True)
+    embedding = keras.layers.Embedding(10, 6, mask_zero=True)
+    x = inputs(length=4)[:2]
+    encoded = embedding(np.array([[1, 2, 3, 0, 0], [4, 0, 0, 0, 0]]))
+    expected = block(x, encoded)
+    assert_close(block(x, block.encoder_memory(encoded)), expected, "layer")

@@ -552,3 +552,32 @@ def test_what_has_no_near_field_is_refused():
         favor_attention(query, key, value, fm, causal=True, exact_window=5, initial_state=state)
     with pytest.raises(ValueError, match="must be a state that favor_attention returned"):
         favor_attention(query, key, value, fm, num_sink_tokens=1, initial_state=state, **options)
+
+
+@pytest.mark.parametrize("implementation", STATEFUL)
+def test_segments_may_change_at_every_call_of_one_token(implementation):
+    query, key, value = make_qkv(6)
+    ids = np.array([[0, 0, 1, 1, 1, 1], [0, 1, 2, 2, 3, 3]], "int32")
+    common = {"causal": True, "exact_window": 2, "num_sink_tokens": 1, "return_state": True}
+    common["implementation"] = implementation
+    fm = feature_map()
+    expected, last = attend(query, key, value, fm, segment_ids=ids, **common)
+    outputs, state = [], None
+    for t in range(6):
+        one = slice(t, t + 1)
+        part = (x[:, one] for x in (query, key, value))
+        output, state = attend(*part, fm, segment_ids=ids[:, one], initial_state=state, **common)
+        outputs.append(to_numpy(output))
+    assert_close(np.concatenate(outputs, axis=1), expected)
+    assert_states_close(state, last)
+
+
+@pytest.mark.parametrize("length", [40, 170])
+def test_more_sinks_than_the_windows_beside_a_tile_hold(length):
+    """A segment begins just before the end of a tile of 128; its sinks are in the next one."""
+    query, key, value = make_qkv(length)
+    ids = np.repeat((np.arange(length) >= min(127, length - 3))[None], BATCH, 0).astype("int32")
+    fm = feature_map()
+    options = {"exact_window": 2, "num_sink_tokens": 12, "segment_ids": ids}
+    expected = attend(query, key, value, fm, implementation="reference", **options)
+    assert_close(attend(query, key, value, fm, implementation="windowed", **options), expected)

@@ -11,7 +11,7 @@ from keras import ops
 from tolerances import assert_close, assert_gradients_close, relative_rms, to_numpy
 
 from keras_performer.feature_maps import ELU, FavorPlus, GeneralizedKernel, ReLU
-from keras_performer.ops import favor_attention, favor_attention_weights
+from keras_performer.ops import favor_attention, favor_attention_weights, softmax_attention
 from keras_performer.ops._chunked import CHUNK
 
 BATCH, HEADS, KEY_HEADS, HEAD_DIM, VALUE_DIM, FEATURES = 2, 6, 3, 8, 5, 24
@@ -665,3 +665,36 @@ def test_second_derivatives_are_refused_where_they_would_be_wrong(length):
     else:
         with pytest.raises(RuntimeError, match="differentiate twice"):
             gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("window", [None, 2])
+def test_padding_behind_a_call_does_not_end_its_segment(window):
+    """Packed data pad with an id of their own, mostly 0."""
+    query, key, value = make_qkv(7)
+    fm = feature_map()
+    options = {"causal": True, "exact_window": window}
+    ids = np.array([[1] * 7, [1, 1, 1, 2, 2, 2, 2]], "int32")
+    expected = attend(query, key, value, fm, segment_ids=ids, **options)
+    state, outputs = None, []
+    for start, stop in ((0, 3), (3, 4), (4, 7)):
+        part = [
+            np.pad(x[:, start:stop], ((0, 0), (0, 2), (0, 0), (0, 0))) for x in (query, key, value)
+        ]
+        padded = np.pad(ids[:, start:stop], ((0, 0), (0, 2)), constant_values=9)
+        mask = np.arange(stop - start + 2)[None] < np.full((BATCH, 1), stop - start)
+        options |= {"key_mask": mask, "segment_ids": padded}
+        output, state = attend(*part, fm, initial_state=state, return_state=True, **options)
+        outputs.append(to_numpy(output)[:, : stop - start])
+    assert_close(np.concatenate(outputs, axis=1), expected)
+    np.testing.assert_array_equal(to_numpy(state["segment_id"]), ids[:, -1])
+
+
+@pytest.mark.parametrize("shape", [(1, 9), (BATCH, 8), (BATCH, 9, 1), (9,)])
+def test_segments_of_another_shape_are_refused(shape):
+    query, key, value = make_qkv(9)
+    ids = np.zeros(shape, "int32")
+    with pytest.raises(ValueError, match=r"one for each query, here \(2, 9\)"):
+        favor_attention(query, key, value, feature_map(), segment_ids=ids)
+    for options in ({}, {"sliding_window": 3}):
+        with pytest.raises(ValueError, match="segment_ids must be integers of shape"):
+            softmax_attention(query, key, value, segment_ids=ids, **options)

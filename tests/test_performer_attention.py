@@ -1115,3 +1115,70 @@ def test_regularizers_and_constraints_are_those_of_multi_head_attention():
     for ours, theirs in zip(layer.weights, attention.weights, strict=False):
         assert type(ours.constraint) is type(theirs.constraint)
         assert theirs.constraint is not None
+
+
+@pytest.mark.skipif(BACKEND == "jax", reason="JAX has no float64 unless it is told to")
+def test_rotary_positions_in_float64():
+    x = make_inputs().astype("float64")
+    layer = make_layer(rotary_max_wavelength=100.0, dtype="float64", seed=1)
+    narrow = make_layer(rotary_max_wavelength=100.0, seed=1)
+    output, expected = layer(x, x), narrow(x.astype("float32"), x.astype("float32"))
+    assert keras.backend.standardize_dtype(output.dtype) == "float64"
+    narrow.set_weights([w.astype("float32") for w in layer.get_weights()])
+    expected = narrow(x.astype("float32"), x.astype("float32"))
+    assert_layer_close(keras.ops.cast(output, "float32"), expected)
+
+
+def test_dropped_keys_leave_positions_where_they_are():
+    """Of a segment the first unmasked key stays, of a row the last one."""
+    x, ids = make_inputs(6), np.array([[0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 0, 0]], "int32")
+    mask = np.array([[1, 1, 1, 0, 1, 1], [0, 1, 1, 1, 1, 0]], bool)
+    layer = make_layer(dropout=0.999, exact_window=2)
+    options = {"key_mask": mask, "segment_ids": ids}
+    options |= {"use_causal_mask": True, "return_state": True, "training": True}
+    _, state = layer(x, x, **options)
+    np.testing.assert_array_equal(to_numpy(state["window_position"]), [2, 4])
+    mask = keras.ops.convert_to_tensor(mask)
+    kept = to_numpy(layer._drop_keys(keras.ops.ones((2, 6, 4, 3)), mask, ids, True, True))
+    np.testing.assert_array_equal(kept.any(axis=1), [[1, 0, 0, 0, 1, 1], [0, 1, 0, 0, 1, 0]])
+
+
+def test_scores_are_those_of_the_output_where_statistics_move():
+    x = make_inputs()
+    layer = build(make_layer(feature_map="favor_plus_plus", use_bias=False), x, x)
+    output, scores = layer(x, x, return_attention_scores=True, training=True)
+    value = to_numpy(layer.value_dense(x))
+    attended = np.einsum("bnts,bsnh->btnh", to_numpy(scores), value)
+    assert_layer_close(layer.output_dense(attended), output)
+    assert int(layer.feature_map.num_updates) == 1
+    layer.trainable = False
+    layer(x, x, training=True)
+    assert int(layer.feature_map.num_updates) == 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "call", "message"),
+    [
+        ((2, 3, 6, 8), {"attention_axes": 2}, {"segment_ids": np.zeros((2, 6), "int32")}, "axes"),
+        ((2, 3, 6, 8), {"attention_axes": 2}, {"positions": np.arange(6)}, "three axes"),
+        ((2, 6, 8), {}, {"key_mask": np.ones((3, 6), bool)}, "one row for each of the batch, 2"),
+        ((2, 6, 8), {}, {"segment_ids": np.zeros((2, 5), "int32")}, r"here \(2, 6\)"),
+        (
+            (2, 6, 8),
+            {"feature_map": None, "dropout": 0.2},
+            {"training": True, "return_state": True, "use_causal_mask": True},
+            "which dropout cannot take",
+        ),
+    ],
+)
+def test_what_does_not_fit_the_inputs_is_refused(shape, options, call, message):
+    x = normal(*shape)
+    with pytest.raises(ValueError, match=message):
+        make_layer(**options)(x, x, **call)
+
+
+def test_positions_of_other_keys_are_refused():
+    x = make_inputs(6)
+    layer = make_layer(rotary_max_wavelength=100.0)
+    with pytest.raises(ValueError, match=r"of one length\. Received: 6 queries, 4 keys"):
+        layer(x, x[:, :4], positions=np.arange(6))

@@ -1,11 +1,10 @@
 """What the encoder and the decoder block share: arguments, sublayers and residual branches."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import keras
-from keras import ops
-from keras.src.backend import get_keras_mask
 
 from keras_performer.layers._arguments import (
     check_attention,
@@ -184,11 +183,23 @@ class PerformerBlock(keras.layers.Layer):
             name=name,
         )
 
-    def _run(self, function: Callable[..., Any], training: bool | None, *tensors: Any) -> Any:
-        """`function(*tensors)`; with `remat`, training keeps the tensors only."""
-        if self.remat and training:
-            return recomputed(function, self.variables, *tensors)
-        return function(*tensors)
+    def _run(self, function: Callable[..., Any], training: bool | None, *arguments: Any) -> Any:
+        """`function(*arguments)`, nested or not; with `remat`, training keeps these only.
+
+        On TensorFlow no gradient reaches a floating tensor that a recomputed function closes over.
+        """
+        if not (self.remat and training):
+            return function(*arguments)
+        leaves = keras.tree.flatten(arguments)
+        floating = [x is not None and keras.backend.is_float_dtype(x.dtype) for x in leaves]
+
+        def rebuilt(*tensors: Any) -> Any:
+            rest = iter(tensors)
+            whole = [next(rest) if f else x for f, x in zip(floating, leaves, strict=True)]
+            return function(*keras.tree.pack_sequence_as(arguments, whole))
+
+        tensors = [x for f, x in zip(floating, leaves, strict=True) if f]
+        return recomputed(rebuilt, self.variables, *tensors)
 
     def attend(
         self,
@@ -233,21 +244,15 @@ class PerformerBlock(keras.layers.Layer):
         """Return the shape of the output, which is that of the input."""
         return inputs_shape
 
-    def compute_output_spec(
-        self,
-        inputs: Any,
-        *args: Any,
-        initial_state: dict[str, Any] | None = None,
-        return_state: bool = False,
-        **kwargs: Any,
-    ) -> Any:
+    def compute_output_spec(self, *args: Any, **kwargs: Any) -> Any:
         """Return the symbolic output, without tracing the computation."""
-        del args, kwargs
+        given = inspect.signature(self.call).bind(*args, **kwargs).arguments
+        inputs = given["inputs"]
         output = keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
-        if not return_state:
+        if not given.get("return_state"):
             return output
         return output, self.self_attention.compute_state_spec(
-            inputs.shape[0], initial_state, self.causal
+            inputs.shape[0], given.get("initial_state"), self.causal, given.get("segment_ids")
         )
 
     def get_config(self) -> dict[str, Any]:
@@ -276,10 +281,3 @@ class PerformerBlock(keras.layers.Layer):
             "remat": self.remat,
             "seed": self.seed,
         }
-
-
-def merge_masks(inputs: Any, padding_mask: Any) -> Any:
-    """What takes part by `padding_mask` and by the Keras mask of `inputs`, or None for all."""
-    masks = [m for m in (padding_mask, get_keras_mask(inputs)) if m is not None]
-    masks = [ops.cast(mask, "bool") for mask in masks]
-    return ops.logical_and(*masks) if len(masks) == 2 else masks[0] if masks else None

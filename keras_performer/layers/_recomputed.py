@@ -36,7 +36,8 @@ def recomputed(
     lasting = [v for v in variables if v.trainable]
     # Copied, because PyTorch assigns in place.
     states = [keras.ops.copy(v) for v in changing]
-    weights = [keras.ops.convert_to_tensor(v) for v in lasting]
+    # Read: TensorFlow counts the gradient of a variable among the arguments twice, run eagerly.
+    weights = [keras.ops.reshape(v, v.shape) for v in lasting]
     outputs, after = keras.remat(pure(function, lasting, changing))(states, weights, *tensors)
     for variable, value in zip(changing, after, strict=True):
         variable.assign(value)

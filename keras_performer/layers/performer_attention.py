@@ -5,6 +5,7 @@ from typing import Any
 
 import keras
 from keras import constraints, initializers, ops, regularizers
+from keras.src.backend import get_keras_mask
 
 from keras_performer import feature_maps
 from keras_performer.layers._arguments import (
@@ -23,6 +24,8 @@ from keras_performer.ops import (
     softmax_attention,
     softmax_weights,
 )
+from keras_performer.ops._chunks import run_indices
+from keras_performer.ops._near_field import positions_of
 
 
 @keras.saving.register_keras_serializable(package="keras_performer")
@@ -178,7 +181,7 @@ class PerformerAttention(keras.layers.Layer):
         self.rotary_max_wavelength = rotary_max_wavelength
         self.num_features = num_features
         self.exact_window = exact_window
-        self.num_sink_tokens = num_sink_tokens
+        self.num_sink_tokens = int(num_sink_tokens)
         self.seed = seed
         self._output_shape = tuple(output_shape) if output_shape else None
         self._kernel_initializer = initializers.get(kernel_initializer)
@@ -334,8 +337,9 @@ class PerformerAttention(keras.layers.Layer):
         del query_mask  # it concerns the output's mask alone, which compute_mask passes on
         key = value if key is None else key
         same_tokens = query is value and query is key
-        gate = self._gate_dense(query) if self.use_gate else None
         rank, axis = len(query.shape), self._axis(len(query.shape))
+        _check_places(rank, segment_ids, positions, query.shape[1], value.shape[1])
+        gate = self._gate_dense(query) if self.use_gate else None
         outer_shape = None
         query, key, value = self._query_dense(query), self._key_dense(key), self._value_dense(value)
         if self.qk_norm:
@@ -346,14 +350,17 @@ class PerformerAttention(keras.layers.Layer):
             outer_shape = moved[0][1]
             query, key, value = (x for x, _ in moved)
         mask = self._merge_key_masks(key, [value_mask, key_mask], attention_mask, rank)
+        streams = initial_state is not None or return_state
         next_position = None
-        if initial_state is not None or return_state:
-            self._check_state_options(rank, return_attention_scores, initial_state, return_state)
+        if streams:
+            self._check_state_options(
+                rank, return_attention_scores, initial_state, return_state, training
+            )
             start, next_position = _continue(key, mask, initial_state)
             positions = start if positions is None else positions
         if self.rotary_max_wavelength is not None:
             query, key = _rotate(query, key, mask, positions, self.rotary_max_wavelength)
-        dropped = self._drop_keys(key, mask, segment_ids, training)
+        dropped = self._drop_keys(key, mask, segment_ids, training, streams)
         key_length = ops.shape(key)[1]
         if use_causal_mask and not same_tokens:
             key, value, dropped = _align_lengths(query, key, value, dropped)
@@ -363,14 +370,17 @@ class PerformerAttention(keras.layers.Layer):
         if self._is_exact:
             options["sliding_window"] = self.sliding_window
             output = softmax_attention(query, key, value, **options, **carried)
+            if return_attention_scores:
+                scores = softmax_weights(query, key, **options)
         else:
             options |= self._near_field()
             feature_map: Any = self._feature_map
             output = favor_attention(query, key, value, feature_map, **options, **carried)
-            if training:
+            if return_attention_scores:
+                scores = favor_attention_weights(query, key, feature_map, **options)
+            if training and feature_map.trainable:
                 # After the attention, which must not see this step's tokens in the statistics.
                 feature_map.update_statistics(query, key, dropped)
-        state = None
         if return_state:
             output, state = output
             state["position"] = next_position
@@ -381,10 +391,6 @@ class PerformerAttention(keras.layers.Layer):
             return output, state
         if not return_attention_scores:
             return output
-        if self._is_exact:
-            scores = softmax_weights(query, key, **options)
-        else:
-            scores = favor_attention_weights(query, key, self._feature_map, **options)
         scores = _with_length(scores, 3, key_length)
         if outer_shape is not None:
             scores = ops.reshape(scores, (*outer_shape, *ops.shape(scores)[1:]))
@@ -440,7 +446,8 @@ class PerformerAttention(keras.layers.Layer):
 
         **Args**
             value: (B, S, D'), from which keys and values are projected.
-            key_mask: (B, S), True or not 0 where a key takes part.
+            key_mask: (B, S), True or not 0 where a key takes part. The Keras mask of `value` counts
+                too.
 
         **Returns** A dictionary of tensors with the batch first. With a feature map its size does
         not depend on S.
@@ -448,13 +455,13 @@ class PerformerAttention(keras.layers.Layer):
         **Raises** ValueError with rotary positions, which a memory has none of.
         """
         self._check_memory()
+        key_mask = merge_masks(value, key_mask)
         key, value = self._key_dense(value), self._value_dense(value)
         if self.qk_norm:
             key = self._key_norm(key) * self.key_dim**-0.25
         batch, length = ops.shape(key)[:2]
         if key_mask is None:
             key_mask = ops.ones((batch, length), "bool")
-        key_mask = ops.cast(key_mask, "bool")
         if self._is_exact:
             mask = ops.expand_dims(key_mask, (2, 3))
             key, value = (ops.where(mask, x, ops.zeros_like(x)) for x in (key, value))
@@ -499,12 +506,23 @@ class PerformerAttention(keras.layers.Layer):
         return "float64" if self.compute_dtype == "float64" else "float32"
 
     def _check_state_options(
-        self, rank: int, return_attention_scores: bool, initial_state: Any, return_state: bool
+        self,
+        rank: int,
+        return_attention_scores: bool,
+        initial_state: Any,
+        return_state: bool,
+        training: bool | None,
     ) -> None:
         if rank > 3 or return_attention_scores:
             raise ValueError(
                 "A state goes with inputs of three axes and without attention scores. Received: "
                 f"inputs of {rank} axes, return_attention_scores={return_attention_scores}"
+            )
+        if self._is_exact and training and self.dropout:
+            raise ValueError(
+                "Exact attention with a state remembers whole keys, which dropout cannot take: "
+                "pass training=False, or make the layer with dropout=0. Received: "
+                f"dropout={self.dropout}, training=True"
             )
         if self._is_exact and initial_state is None and return_state:
             raise ValueError(
@@ -552,11 +570,9 @@ class PerformerAttention(keras.layers.Layer):
             self.compute_output_shape(query.shape, value.shape), dtype=self.compute_dtype
         )
         if return_state:
-            state = self.compute_state_spec(query.shape[0], initial_state, use_causal_mask)
-            if segment_ids is not None:
-                dtype = keras.backend.standardize_dtype(segment_ids.dtype)
-                state["segment_id"] = keras.KerasTensor((query.shape[0],), dtype=dtype)
-            return output, state
+            return output, self.compute_state_spec(
+                query.shape[0], initial_state, use_causal_mask, segment_ids
+            )
         if not return_attention_scores:
             return output
         axis = self._axis(len(query.shape))
@@ -569,6 +585,7 @@ class PerformerAttention(keras.layers.Layer):
         batch_size: Any,
         initial_state: dict[str, Any] | None = None,
         use_causal_mask: bool = False,
+        segment_ids: Any = None,
     ) -> dict[str, Any]:
         """The symbolic state that a call returns."""
         if initial_state is None:
@@ -578,12 +595,16 @@ class PerformerAttention(keras.layers.Layer):
                 initial_state = {
                     n: initial_state[n] for n in ("kv", "k_sum", "log_max", "position")
                 }
-        return {
+        state = {
             name: keras.KerasTensor(
                 (batch_size, *x.shape[1:]), keras.backend.standardize_dtype(x.dtype)
             )
             for name, x in initial_state.items()
         }
+        if segment_ids is not None:
+            dtype = keras.backend.standardize_dtype(segment_ids.dtype)
+            state["segment_id"] = keras.KerasTensor((batch_size,), dtype)
+        return state
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor."""
@@ -727,6 +748,11 @@ class PerformerAttention(keras.layers.Layer):
             return None
         # A mask may be shared by the rows of the batch.
         shape = ops.shape(merged)
+        if None not in (merged.shape[0], key.shape[0]) and merged.shape[0] not in (1, key.shape[0]):
+            raise ValueError(
+                f"A mask of keys must have one row for each of the batch, {key.shape[0]}, or one "
+                f"for all. Received: a mask of shape {tuple(merged.shape)}"
+            )
         return ops.broadcast_to(merged, (ops.shape(key)[0], *shape[1:]))
 
     def _batch_key_mask(self, mask: Any, rank: int) -> Any:
@@ -764,7 +790,9 @@ class PerformerAttention(keras.layers.Layer):
             return mask if shape[1] == self.num_key_value_heads > 1 else ops.squeeze(mask, 1)
         return ops.squeeze(mask, 1) if rank == 3 else mask
 
-    def _drop_keys(self, key: Any, mask: Any, segment_ids: Any, training: bool | None) -> Any:
+    def _drop_keys(
+        self, key: Any, mask: Any, segment_ids: Any, training: bool | None, streams: bool
+    ) -> Any:
         """The mask of keys, less those that dropout takes, (B, S) or (B, K, S), or None."""
         if not training or self._seed_generator is None:
             return mask
@@ -774,8 +802,10 @@ class PerformerAttention(keras.layers.Layer):
         )
         kept = draw >= self.dropout
         if self.exact_window:
-            # The blocks of a row and of a segment begin where its first key is.
-            kept = ops.logical_or(kept, ops.expand_dims(_begins(length, mask, segment_ids), 1))
+            # The blocks of a row and of a segment begin where its first key is, and those of the
+            # next call go on where the last one is.
+            borders = _borders(mask, segment_ids, kept, streams)
+            kept = ops.logical_or(kept, ops.expand_dims(borders, 1))
         if mask is None:
             return kept
         return ops.logical_and(kept, mask if len(mask.shape) == 3 else ops.expand_dims(mask, 1))
@@ -816,6 +846,22 @@ def attention_layers(model: keras.Model) -> list[PerformerAttention]:
     return [x for x in model._flatten_layers() if isinstance(x, PerformerAttention)]
 
 
+def _check_places(
+    rank: int, segment_ids: Any, positions: Any, length: int | None, key_length: int | None
+) -> None:
+    """Raise ValueError for segments and positions that these inputs cannot have."""
+    if rank > 3 and (segment_ids is not None or positions is not None):
+        raise ValueError(
+            "segment_ids and positions go with inputs of three axes: fold the outer ones into the "
+            f"batch. Received: inputs of {rank} axes"
+        )
+    if positions is not None and None not in (length, key_length) and length != key_length:
+        raise ValueError(
+            "positions are those of queries and keys, which must be of one length. Received: "
+            f"{length} queries, {key_length} keys"
+        )
+
+
 def _rotate(
     query: Any, key: Any, mask: Any, positions: Any, max_wavelength: float
 ) -> tuple[Any, Any]:
@@ -841,15 +887,21 @@ def _first(mask: Any) -> Any:
     return ops.cast(ops.argmax(ops.cast(mask, "int32"), axis=1), "int32")
 
 
-def _begins(length: Any, mask: Any, segment_ids: Any) -> Any:
-    """Whether a slot is its row's first unmasked one, or its segment's first one: (B or 1, S)."""
-    first = ops.zeros((1,), "int32") if mask is None else _first(mask)
-    begins = ops.equal(ops.arange(length, dtype="int32"), ops.expand_dims(first, -1))
-    if segment_ids is None:
-        return begins
-    segment_ids = ops.convert_to_tensor(segment_ids)
-    changes = ops.not_equal(segment_ids[:, 1:], segment_ids[:, :-1])
-    return ops.logical_or(begins, ops.pad(changes, ((0, 0), (1, 0))))
+def _borders(mask: Any, segment_ids: Any, like: Any, with_last: bool) -> Any:
+    """The first unmasked keys of rows and segments (B, S), and if wanted the last ones of rows.
+
+    `mask` is (B, S) or (B, K, S), or None for keys shaped `like` (B, K, S) that all take part.
+    """
+    mask = ops.ones_like(like) if mask is None else mask
+    mask = ops.any(mask, axis=1) if len(mask.shape) == 3 else mask
+    runs = None if segment_ids is None else run_indices(ops.convert_to_tensor(segment_ids))
+    first = ops.logical_and(mask, ops.equal(positions_of(mask, runs, None), 0))
+    if not with_last:
+        return first
+    length = ops.shape(mask)[1]
+    last = length - 1 - _first(ops.flip(mask, axis=1))
+    slots = ops.arange(length, dtype="int32")
+    return ops.logical_or(first, ops.equal(slots, ops.expand_dims(last, -1)))
 
 
 def _continue(key: Any, mask: Any, state: dict[str, Any] | None) -> tuple[Any, Any]:
@@ -916,3 +968,10 @@ def _with_length(x: Any, axis: int, length: Any) -> Any:
     dtype = keras.backend.standardize_dtype(x.dtype)
     x = ops.concatenate([x, ops.zeros(shape, dtype)], axis=axis)
     return x[(slice(None),) * axis + (slice(None, length),)]
+
+
+def merge_masks(inputs: Any, padding_mask: Any) -> Any:
+    """What takes part by `padding_mask` and by the Keras mask of `inputs`, or None for all."""
+    masks = [m for m in (padding_mask, get_keras_mask(inputs)) if m is not None]
+    masks = [ops.cast(mask, "bool") for mask in masks]
+    return ops.logical_and(*masks) if len(masks) == 2 else masks[0] if masks else None

@@ -4,7 +4,8 @@ from typing import Any
 
 import keras
 
-from keras_performer.layers._performer_block import PerformerBlock, merge_masks
+from keras_performer.layers._performer_block import PerformerBlock
+from keras_performer.layers.performer_attention import merge_masks
 
 
 @keras.saving.register_keras_serializable(package="keras_performer")
@@ -114,12 +115,11 @@ class PerformerDecoderBlock(PerformerBlock):
         """
         self._check_encoder(encoder_outputs)
         key_mask = merge_masks(inputs, padding_mask)
-        memory = encoder_outputs if isinstance(encoder_outputs, dict) else None
-        if self.cross_attention and memory is None:
+        if self.cross_attention and not isinstance(encoder_outputs, dict):
             encoder_padding_mask = merge_masks(encoder_outputs, encoder_padding_mask)
         inputs = keras.ops.cast(inputs, self.compute_dtype)
 
-        def block(inputs: Any, encoder_outputs: Any = memory) -> Any:
+        def block(inputs: Any, encoder_outputs: Any, initial_state: Any) -> Any:
             x, state = self.attend(
                 inputs,
                 key_mask=key_mask,
@@ -137,9 +137,7 @@ class PerformerDecoderBlock(PerformerBlock):
             output = hidden + self.feed_forward(hidden, training)
             return (output, state) if return_state else output
 
-        if memory is not None or not self.cross_attention:
-            return self._run(block, training, inputs)
-        return self._run(block, training, inputs, encoder_outputs)
+        return self._run(block, training, inputs, encoder_outputs, initial_state)
 
     def attend_encoder(
         self,

@@ -4,7 +4,8 @@ from typing import Any
 
 import keras
 
-from keras_performer.layers._performer_block import PerformerBlock, merge_masks
+from keras_performer.layers._performer_block import PerformerBlock
+from keras_performer.layers.performer_attention import merge_masks
 
 
 @keras.saving.register_keras_serializable(package="keras_performer")
@@ -109,7 +110,7 @@ class PerformerEncoderBlock(PerformerBlock):
         key_mask = merge_masks(inputs, padding_mask)
         inputs = keras.ops.cast(inputs, self.compute_dtype)
 
-        def block(inputs: Any) -> Any:
+        def block(inputs: Any, initial_state: Any) -> Any:
             x, state = self.attend(
                 inputs,
                 key_mask=key_mask,
@@ -123,4 +124,4 @@ class PerformerEncoderBlock(PerformerBlock):
             output = hidden + self.feed_forward(hidden, training)
             return (output, state) if return_state else output
 
-        return self._run(block, training, inputs)
+        return self._run(block, training, inputs, initial_state)

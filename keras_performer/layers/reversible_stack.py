@@ -6,8 +6,9 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_performer.layers._performer_block import PerformerBlock, merge_masks
+from keras_performer.layers._performer_block import PerformerBlock
 from keras_performer.layers._recomputed import pure
+from keras_performer.layers.performer_attention import merge_masks
 from keras_performer.ops._reversible import compiles, reversible
 
 

@@ -35,9 +35,9 @@ def rotate(x: Any, positions: Any, max_wavelength: float) -> Any:
     if len(angle.shape) == 2:
         angle = ops.expand_dims(angle, 0)
     angle = ops.expand_dims(angle, 2)
-    cos, sin = ops.cos(angle), ops.sin(angle)
     dtype = backend.standardize_dtype(x.dtype)
-    x = ops.cast(x, backend.result_type(dtype, "float32"))
+    wide = backend.result_type(dtype, "float32")
+    x, cos, sin = (ops.cast(t, wide) for t in (x, ops.cos(angle), ops.sin(angle)))
     first, second = x[..., :half], x[..., half:]
     rotated = [first * cos - second * sin, second * cos + first * sin]
     return ops.cast(ops.concatenate(rotated, axis=-1), dtype)

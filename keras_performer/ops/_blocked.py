@@ -40,6 +40,9 @@ from keras_performer.ops._sums import (
 _STEP = 1024
 """Tokens a step, in whole blocks."""
 
+_MOST_BLOCKS = 128
+"""Blocks a step: it combines each one's sums with every other's."""
+
 
 def why_not(*, exact_window: int | None, segmented: bool, stateful: bool) -> str | None:
     """Say in one sentence why this implementation cannot run, or return None."""
@@ -71,7 +74,9 @@ def attend(
     Arguments and result are those of `_windowed.attend`; `runs` and `state` are None.
     """
     del runs, state
-    window, length = near.window, ops.shape(query)[3]
+    length = ops.shape(query)[3]
+    # A block is no longer than the sequence, whose queries are padded to whole ones.
+    window = min(near.window, length) if isinstance(length, int) else near.window
     first = -near.positions[:, 0]
     tensors = (query, key, value, key_mask)
 
@@ -97,7 +102,9 @@ def attend(
         place = overlapping(place, 1, size * window, num_steps, **beside)
         arrays["is_sink"] = place < near.num_sinks
         arrays["block"] = split(ops.arange(num_steps * size, dtype="int32"), 0, size)
-        count = min(near.num_sinks, length) if isinstance(length, int) else near.num_sinks
+        count = ops.minimum(near.num_sinks, length)
+        if isinstance(length, int):
+            count = min(near.num_sinks, length)
         sinks = tuple(part(x, 2, 0, count) for x in (key, value))
     # Two blocks see each other: there is nothing beyond.
     has_far = not (isinstance(num_steps, int) and num_steps * size <= 2)
@@ -182,7 +189,7 @@ def _moved(x, axis, amount):
 
 def _plan(length, window):
     """Blocks a step, and number of steps."""
-    size = max(1, _STEP // window)
+    size = max(1, min(_STEP // window, _MOST_BLOCKS))
     if not isinstance(length, int):
         return size, (length + size * window - 1) // (size * window)
     num_blocks = -(-length // window)

@@ -85,7 +85,7 @@ def begin(
     if unmasked:
         key_mask = ops.ones((batch, 1, length), "bool")
     start = None if state is None else state["window_position"]
-    positions = _positions(ops.any(key_mask, axis=1), runs, start)
+    positions = positions_of(ops.any(key_mask, axis=1), runs, start)
     front, sinks = 0, None
     if state is not None:
         front = 2 * window
@@ -220,7 +220,7 @@ def empty(
     return state
 
 
-def _positions(mask: Any, runs: Any, start: Any) -> Any:
+def positions_of(mask: Any, runs: Any, start: Any) -> Any:
     """Positions (B, T) by the mask (B, T), after the `start` (B,) tokens of a state."""
     batch, length = ops.shape(mask)
     index = ops.expand_dims(ops.arange(length, dtype="int32"), 0)
@@ -230,9 +230,10 @@ def _positions(mask: Any, runs: Any, start: Any) -> Any:
         continues = None if start is None else ops.expand_dims(start > 0, -1)
     else:
         row = ops.expand_dims(ops.arange(batch, dtype="int32"), -1)
-        run = ops.reshape(runs + row * length, (-1,))
+        most = length if start is None else length + 1  # the state's run, and one for each token
+        run = ops.reshape(runs + row * most, (-1,))
         candidates = ops.reshape(ops.where(mask, index, length), (-1,))
-        first = ops.segment_min(candidates, run, num_segments=batch * length)
+        first = ops.segment_min(candidates, run, num_segments=batch * most)
         first = ops.reshape(ops.take(first, run, axis=0), (batch, length))
         continues = None
         if start is not None:

@@ -86,7 +86,7 @@ def attend(
 
 def _causal(query, key, value, feature_map, operands, key_mask, runs, state, near):
     length, num_groups = ops.shape(query)[3], query.shape[2]
-    size, num_tiles = _plan(length, near.window)
+    size, num_tiles = _plan(length, 2 * near.window)
     reach = 0 if is_one(num_tiles) and not near.front else 2 * near.window
     sees_all = _sees_all_exactly(length, near)
     arrays = _tiles(key, value, key_mask, runs, near, size, num_tiles, reach, 0)
@@ -133,8 +133,10 @@ def _causal(query, key, value, feature_map, operands, key_mask, runs, state, nea
 
 def _bidirectional(query, key, value, feature_map, operands, key_mask, runs, state, near):
     length, num_groups = ops.shape(query)[3], query.shape[2]
-    size, num_tiles = _plan(length, near.window)
-    reach = 0 if is_one(num_tiles) else 2 * near.window
+    # The sinks of a sequence that begins at a tile's end lie in the next one, and in no sums.
+    beside = max(2 * near.window, near.num_sinks)
+    size, num_tiles = _plan(length, beside)
+    reach = 0 if is_one(num_tiles) else beside
     sees_all = _sees_all_exactly(length, near)
     arrays = _tiles(key, value, key_mask, runs, near, size, num_tiles, reach, reach)
     if runs is not None:
@@ -272,9 +274,9 @@ def _take_up(carry, tile, feature_map, operands, near, keys, carried_run, edge):
     return absorb(carry, value, phi, log_scale)
 
 
-def _plan(length, window):
-    """Tokens a tile and number of tiles. Several tiles have at least 2 W tokens each."""
-    size = max(_SMALLEST_TILE, 2 * window)
+def _plan(length, beside):
+    """Tokens a tile and number of tiles. Several have at least the tokens that lie beside each."""
+    size = max(_SMALLEST_TILE, beside)
     if not isinstance(length, int):
         return size, (length + size - 1) // size
     return (length, 1) if length <= size else (size, -(-length // size))

@@ -6,6 +6,7 @@ from keras import ops
 
 from keras_performer.ops._chunks import (
     LOG_ZERO,
+    check_segment_ids,
     dtype_of,
     exp,
     hide,
@@ -68,6 +69,8 @@ def sliding_window_attention(
             f"Received: sliding_window={sliding_window!r}"
         )
     query, key, value = (ops.convert_to_tensor(t) for t in (query, key, value))
+    if segment_ids is not None:
+        segment_ids = check_segment_ids(segment_ids, query)
     output_dtype = dtype_of(query)
     dtype = "float64" if output_dtype == "float64" else "float32"
     batch, length, num_heads, head_dim = ops.shape(query)

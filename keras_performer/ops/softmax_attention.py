@@ -5,7 +5,12 @@ from typing import Any
 
 from keras import ops
 
-from keras_performer.ops._chunks import dtype_of, run_indices, same_run
+from keras_performer.ops._chunks import (
+    check_segment_ids,
+    dtype_of,
+    run_indices,
+    same_run,
+)
 from keras_performer.ops.sliding_window_attention import sliding_window_attention
 
 
@@ -206,7 +211,7 @@ def _visible(
     elif key_mask is not None:
         parts.append(ops.expand_dims(key_mask, (1, 2)))
     if segment_ids is not None:
-        runs = run_indices(ops.convert_to_tensor(segment_ids))
+        runs = run_indices(check_segment_ids(segment_ids, query))
         parts.append(same_run(runs, runs))
     rows = ops.expand_dims(ops.arange(ops.shape(query)[1]), -1) + offset
     distance = rows - ops.expand_dims(ops.arange(ops.shape(key)[1]), 0)
