@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import keras_performer
-from keras_performer.export import _write_example, main
+from keras_performer.export import _custom_modules, _load, _write_example, main
 from keras_performer.layers import PerformerEncoderBlock
 from keras_performer.models import (
     ByteTokenizer,
@@ -316,6 +316,11 @@ class Doubled(keras.layers.Layer):
         return 2 * inputs
 
 
+@keras.saving.register_keras_serializable(package="test_export")
+def halved(x):
+    return x / 2
+
+
 @pytest.mark.skipif(BACKEND == "tensorflow", reason="TensorFlow needs no child process")
 @saved_model
 def test_custom_layers_of_modules_reach_the_child_process_and_others_are_explained(tmp_path):
@@ -327,7 +332,8 @@ def test_custom_layers_of_modules_reach_the_child_process_and_others_are_explain
     Hidden.__module__ = "__main__"
     x = np.ones((2, 3), "float32")
     for layer in (Doubled(), Hidden()):
-        model = keras.Sequential([keras.Input((3,), name="x"), keras.layers.Dense(2), layer])
+        dense = keras.layers.Dense(2, activation=halved)
+        model = keras.Sequential([keras.Input((3,), name="x"), dense, layer])
         if isinstance(layer, Doubled):
             run = open_artefact(keras_performer.export(model, tmp_path / "model"), "tf_saved_model")
             output = run("serve", {"x": x})["output"]
@@ -336,6 +342,17 @@ def test_custom_layers_of_modules_reach_the_child_process_and_others_are_explain
         with pytest.raises(ValueError, match=r"(?s)module that can be imported.*__main__.*Hidden"):
             keras_performer.export(model, tmp_path / "other")
     assert os.listdir(tmp_path) == ["model"]
+
+
+def test_a_preset_with_code_that_is_not_known_here_is_explained(tmp_path, monkeypatch):
+    model = make_causal_lm(activation=halved)
+    model.save_to_preset(str(tmp_path / "preset"))
+    configs = (tmp_path / "preset" / "config.json").read_text(encoding="utf-8")
+    assert _custom_modules(configs) == ["test_export"]
+    monkeypatch.delitem(keras.saving.get_custom_objects(), "test_export>halved")
+    assert _custom_modules(configs.replace("test_export", "builtins")) == []
+    with pytest.raises(ValueError, match="Import the modules that define the layers and functions"):
+        _load(str(tmp_path / "preset"))
 
 
 def test_tensorflow_must_be_installed(task, monkeypatch, tmp_path):

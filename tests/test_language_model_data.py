@@ -135,6 +135,9 @@ def test_loaders_evaluate_predict_and_validate():
     np.testing.assert_allclose(task.evaluate(halves, verbose=0), scores, rtol=1e-5)
     history = task.fit(halves, validation_data=(TEXTS[:2], None, WEIGHTS[:2]), verbose=0).history
     np.testing.assert_allclose(task.evaluate(halves, verbose=0)[0], history["val_loss"], rtol=1e-5)
+    # Weights of validation alone count as well.
+    nothing = (TEXTS[:2], None, 0 * WEIGHTS[:2])
+    assert task.fit(TEXTS[:2], validation_data=nothing, verbose=0).history["val_loss"] == [0.0]
 
 
 @pytest.mark.parametrize("kind", ["causal", "masked", "seq_2_seq"])
@@ -172,8 +175,10 @@ def test_tensorflow_graphs_weigh_as_python_does(kind):
 
 def test_one_weight_a_row_is_needed():
     task = make_task("causal")
-    with pytest.raises(ValueError, match=r"for each row of `x`.*shape \(3,\), x with \[4\] rows"):
+    with pytest.raises(ValueError, match=r"for each row of `x`.*shape \(3,\), x with 4 rows"):
         task.fit(TEXTS, sample_weight=WEIGHTS[:3])
+    with pytest.raises(ValueError, match=r"go with `x` as strings or as a loader.*type object"):
+        task.fit(object(), validation_data=(TEXTS, None, WEIGHTS))
     with pytest.raises(ValueError, match=r"validation_data=.*Received: validation_split=0\.5"):
         task.fit(np.array(TEXTS), sample_weight=WEIGHTS, validation_split=0.5)
     with pytest.raises(ValueError, match=r"leave out the other arguments\. Received: sample_w"):

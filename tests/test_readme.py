@@ -37,7 +37,8 @@ def test_a_tutorial_runs(title, tmp_path, monkeypatch, eager, capsys):
         assert (tmp_path / "my_saved_model" / "saved_model.pb").is_file()
     if title == "Text":
         assert "The people of the United States" in capsys.readouterr().out
-        assert (tmp_path / "my_writer.tflite").is_file()
+        assert (tmp_path / "my_writer_lite" / "model.tflite").is_file()
+        assert (tmp_path / "my_writer_lite" / "example.py").is_file()
     if title == "A converted model":
         assert "CAASGFTFSS" in capsys.readouterr().out  # as in nearly every antibody
         assert (tmp_path / "my_saved_filler" / "saved_model.pb").is_file()

@@ -42,6 +42,17 @@ def take_loaders(cls: _Class) -> _Class:
         validation_split: float | None = None,
         **kwargs: Any,
     ) -> Any:
+        validation = validation_data if isinstance(validation_data, tuple) else ()
+        if len(validation) == 3 and _has_weights_alone(self, *validation) and y is None:
+            if isinstance(x, list | dict | np.ndarray):
+                if sample_weight is None:  # so that the way below is taken
+                    sample_weight = np.ones(_num_rows(x), "float32")
+            elif _prepared(self, x) is None:
+                raise ValueError(
+                    "Weights of validation strings without labels go with `x` as strings or as a "
+                    "loader. Received: `validation_data=(strings, None, sample_weight)` and x of "
+                    f"type {type(x).__name__}"
+                )
         if _has_weights_alone(self, x, y, sample_weight):
             if validation_split:
                 raise ValueError(
@@ -155,6 +166,13 @@ def _has_weights_alone(task: Any, x: Any, y: Any, sample_weight: Any) -> bool:
     return is_rows and y is None and sample_weight is not None and task.preprocessor is not None
 
 
+def _num_rows(x: Any) -> int:
+    lengths = {len(column) for column in (x.values() if isinstance(x, dict) else [x])}
+    if len(lengths) != 1:
+        raise ValueError(f"The columns of `x` must have one length. Received: {sorted(lengths)}")
+    return lengths.pop()
+
+
 class _WeightedRows(keras.utils.PyDataset):
     """Batches of an array, or of a dict of arrays, with a weight for each row and no labels."""
 
@@ -163,12 +181,10 @@ class _WeightedRows(keras.utils.PyDataset):
         self._x = x
         self._sample_weight = np.asarray(sample_weight)
         self._batch_size = batch_size or 32
-        columns = x.values() if isinstance(x, dict) else [x]
-        lengths = [len(column) for column in columns]
-        if self._sample_weight.shape != (lengths[0],) or len(set(lengths)) > 1:
+        if self._sample_weight.shape != (_num_rows(x),):
             raise ValueError(
                 "`sample_weight` must hold one weight for each row of `x`. Received: "
-                f"sample_weight of shape {self._sample_weight.shape}, x with {lengths} rows"
+                f"sample_weight of shape {self._sample_weight.shape}, x with {_num_rows(x)} rows"
             )
 
     def __len__(self) -> int:

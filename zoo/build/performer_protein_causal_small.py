@@ -1,6 +1,6 @@
 """Build `performer_protein_causal_small`, which writes proteins, and its softmax twin.
 
-With PyTorch each of the two takes about an hour of one x86 core; `--without-twin` publishes while
+With PyTorch it takes an hour and a half of one shared x86 core; `--without-twin` publishes while
 the twin is unfinished.
 """
 
