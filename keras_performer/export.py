@@ -244,7 +244,7 @@ def _load(preset: str) -> keras.Model:
 
 def _export_in_child(model_or_preset: Any, target: Path, format: str, weights: str) -> None:
     with tempfile.TemporaryDirectory(prefix="keras_performer_export_") as scratch:
-        job = {"path": str(target), "format": format, "weights": weights}
+        job: dict[str, Any] = {"path": str(target), "format": format, "weights": weights}
         if isinstance(model_or_preset, keras.Model):
             job["model"] = str(Path(scratch) / "model.keras")
             model_or_preset.save(job["model"])

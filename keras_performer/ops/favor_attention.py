@@ -95,8 +95,8 @@ def favor_attention(
 
     **Precision** Features, sums and quotients are float32 whatever the input type, float64 for
     float64. No epsilon is added; the features of one token span 70 nats, and smaller ones are held
-    there, which changes results only beyond six times the norms of unit Gaussian vectors of 64
-    numbers. The gradient treats `log_max` as a constant, so differentiate
+    there, which changes results only beyond six to ten times the norms of unit Gaussian vectors of
+    64 numbers. The gradient treats `log_max` as a constant, so differentiate
     functions of `exp(log_max) * kv`, which do not depend on it. Of 16-bit tensors the fused kernels
     round the factors of products to ten bits of mantissa. On TPUs and recent GPUs JAX and
     TensorFlow do so to float32 too, as everywhere in a model, unless
