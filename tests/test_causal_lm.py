@@ -288,6 +288,7 @@ def test_the_future_does_not_matter():
 
 
 @pytest.mark.slow_on_jax
+@pytest.mark.slow_on_tensorflow
 def test_learns_from_strings():
     model = make_model()
     model.compile("adam", sampler="greedy")

@@ -151,6 +151,7 @@ def test_a_process_that_is_killed_in_an_epoch_goes_on(tmp_path):
 
 
 @pytest.mark.slow_on_jax
+@pytest.mark.slow_on_tensorflow
 def test_byte_pairs_are_learned_from_the_training_documents_in_mixed_precision(tmp_path):
     text = write_text(tmp_path / "t.txt")
     options = [f"--set={override}" for override in [*OVERRIDES, "data.vocabulary_size=280"]]

@@ -82,6 +82,7 @@ def parts(monkeypatch):
 
 
 @pytest.mark.slow_on_jax
+@pytest.mark.slow_on_tensorflow
 def test_attentions_are_compared_once_and_more_can_be_added(proteins, tmp_path, parts, eager):
     output = tmp_path / "comparison"
     results = compare.main(residue_labels(proteins, output, "softmax"))

@@ -85,6 +85,7 @@ class TestKerasHub(test_case.TestCase):
                 cls=backbone_class, init_kwargs={**SIZES, **options}, input_data=data
             )
 
+    @pytest.mark.slow_on_tensorflow
     def test_masked_language_model(self):
         # Masks are drawn afresh at every call; these can only be everywhere.
         preprocessor = PerformerMaskedLMPreprocessor(

@@ -1048,6 +1048,7 @@ def test_lora_finds_its_layers():
     assert np.abs(to_numpy(layer.query_dense.kernel) - frozen).max() > 0
 
 
+@pytest.mark.slow_on_tensorflow
 def test_sublayers_quantize():
     x = make_inputs()
     inputs = keras.Input((None, WIDTH))

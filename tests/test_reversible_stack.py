@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from gradients import call
 from keras import ops
-from marks import slow_on_jax
+from marks import slow_where_compiled
 from test_encoder_block import inputs
 from tolerances import assert_close, assert_gradients_close, to_numpy
 
@@ -73,8 +73,8 @@ def trained(layer, x, encoded, mask, steps=1):
     return [to_numpy(w) for w in model.trainable_weights]
 
 
-@pytest.mark.parametrize("kind", [*slow_on_jax("encoder", "decoder"), "crossing"])
-@pytest.mark.parametrize("dropout", [*slow_on_jax(0.0), 0.3])
+@pytest.mark.parametrize("kind", [*slow_where_compiled("encoder", "decoder"), "crossing"])
+@pytest.mark.parametrize("dropout", [*slow_where_compiled(0.0), 0.3])
 def test_gradients_equal_those_of_the_plain_function(kind, dropout):
     x, encoded = inputs(), inputs(length=5, width=6, seed=4) if kind == "crossing" else None
     mask = np.arange(7) < np.array([[4], [7]])

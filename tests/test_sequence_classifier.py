@@ -161,6 +161,7 @@ def test_one_number_is_predicted_from_a_vector_of_labels():
     assert losses[-1] < losses[0] / 2
 
 
+@pytest.mark.slow_on_tensorflow
 def test_learns_which_letter_there_is_and_every_weight_moves():
     letters = np.random.default_rng(0).choice(3, size=48)
     texts = ["ACD"[i] * (2 + i % 5) for i in letters]

@@ -144,6 +144,7 @@ class Batches(keras.utils.PyDataset):
         return TEXTS[index : index + 2], LABELS[index : index + 2]
 
 
+@pytest.mark.slow_on_tensorflow
 def test_strings_with_ragged_labels_are_those_prepared():
     task = make_task()
     samples = as_arrays(task.preprocessor(TEXTS, LABELS))
