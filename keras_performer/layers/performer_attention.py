@@ -24,7 +24,7 @@ from keras_performer.ops import (
     softmax_attention,
     softmax_weights,
 )
-from keras_performer.ops._chunks import run_indices
+from keras_performer.ops._chunks import differ, run_indices
 from keras_performer.ops._near_field import positions_of
 
 
@@ -748,7 +748,7 @@ class PerformerAttention(keras.layers.Layer):
             return None
         # A mask may be shared by the rows of the batch.
         shape = ops.shape(merged)
-        if None not in (merged.shape[0], key.shape[0]) and merged.shape[0] not in (1, key.shape[0]):
+        if merged.shape[0] != 1 and differ(merged.shape[0], key.shape[0]):
             raise ValueError(
                 f"A mask of keys must have one row for each of the batch, {key.shape[0]}, or one "
                 f"for all. Received: a mask of shape {tuple(merged.shape)}"
@@ -855,7 +855,7 @@ def _check_places(
             "segment_ids and positions go with inputs of three axes: fold the outer ones into the "
             f"batch. Received: inputs of {rank} axes"
         )
-    if positions is not None and None not in (length, key_length) and length != key_length:
+    if positions is not None and differ(length, key_length):
         raise ValueError(
             "positions are those of queries and keys, which must be of one length. Received: "
             f"{length} queries, {key_length} keys"

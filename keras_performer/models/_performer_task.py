@@ -42,9 +42,9 @@ def take_loaders(cls: _Class) -> _Class:
         validation_split: float | None = None,
         **kwargs: Any,
     ) -> Any:
-        validation = validation_data if isinstance(validation_data, tuple) else ()
-        if len(validation) == 3 and _has_weights_alone(self, *validation) and y is None:
-            if isinstance(x, list | dict | np.ndarray):
+        columns = validation_data if isinstance(validation_data, tuple) else ()
+        if len(columns) == 3 and _has_weights_alone(self, *columns) and y is None:
+            if _is_rows(x):
                 if sample_weight is None:  # so that the way below is taken
                     sample_weight = np.ones(_num_rows(x), "float32")
             elif _prepared(self, x) is None:
@@ -161,9 +161,13 @@ def _prepared(task: Any, x: Any) -> keras.utils.PyDataset | None:
     return None
 
 
+def _is_rows(x: Any) -> bool:
+    return isinstance(x, list | dict | np.ndarray)
+
+
 def _has_weights_alone(task: Any, x: Any, y: Any, sample_weight: Any) -> bool:
-    is_rows = isinstance(x, list | dict | np.ndarray)
-    return is_rows and y is None and sample_weight is not None and task.preprocessor is not None
+    is_alone = y is None and sample_weight is not None
+    return _is_rows(x) and is_alone and task.preprocessor is not None
 
 
 def _num_rows(x: Any) -> int:

@@ -102,9 +102,8 @@ def attend(
         place = overlapping(place, 1, size * window, num_steps, **beside)
         arrays["is_sink"] = place < near.num_sinks
         arrays["block"] = split(ops.arange(num_steps * size, dtype="int32"), 0, size)
-        count = ops.minimum(near.num_sinks, length)
-        if isinstance(length, int):
-            count = min(near.num_sinks, length)
+        smaller = min if isinstance(length, int) else ops.minimum
+        count = smaller(near.num_sinks, length)
         sinks = tuple(part(x, 2, 0, count) for x in (key, value))
     # Two blocks see each other: there is nothing beyond.
     has_far = not (isinstance(num_steps, int) and num_steps * size <= 2)

@@ -186,14 +186,16 @@ def normalize(weighted: Any) -> Any:
     return ops.where(seen, part(weighted, axis, 0, value_dim) / scale / denominator, 0.0)
 
 
+def differ(a: Any, b: Any) -> bool:
+    """Whether two sizes are known and not the same."""
+    return isinstance(a, int) and isinstance(b, int) and a != b
+
+
 def check_segment_ids(segment_ids: Any, query: Any) -> Any:
     """Return ids as a tensor; raise ValueError unless there is one for each of (B, T, ...)."""
     segment_ids = ops.convert_to_tensor(segment_ids)
     shape, expected = tuple(segment_ids.shape), tuple(query.shape[:2])
-    fits = len(shape) == 2
-    for size, wanted in zip(shape, expected, strict=False):
-        fits = fits and (size is None or wanted is None or size == wanted)
-    if not fits:
+    if len(shape) != 2 or any(differ(a, b) for a, b in zip(shape, expected, strict=True)):
         raise ValueError(
             "segment_ids must be integers of shape (batch, length), one for each query, here "
             f"{expected}. Received: segment_ids of shape {shape}"

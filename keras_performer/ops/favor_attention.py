@@ -9,6 +9,7 @@ from keras_performer.ops import _blocked, _chunked, _fused, _near_field, _refere
 from keras_performer.ops._chunks import (
     LOG_ZERO,
     check_segment_ids,
+    differ,
     dtype_of,
     run_indices,
 )
@@ -400,21 +401,17 @@ def _check_shapes(query: Any, key: Any, value: Any, causal: bool, segmented: boo
         raise ValueError(
             f"The number of query heads must be a multiple of the key heads' (axis 2). {received}"
         )
-    if _differ(key.shape[1], value.shape[1]):
+    if differ(key.shape[1], value.shape[1]):
         raise ValueError(f"key and value must have the same length (axis 1). {received}")
     for tensor in (key, value):
-        if _differ(query.shape[0], tensor.shape[0]):
+        if differ(query.shape[0], tensor.shape[0]):
             raise ValueError(f"query, key and value must have one batch size (axis 0). {received}")
-    if (causal or segmented) and _differ(query.shape[1], key.shape[1]):
+    if (causal or segmented) and differ(query.shape[1], key.shape[1]):
         what = "causal=True" if causal else "segment_ids"
         raise ValueError(
             f"{what} needs queries and keys of the same positions, of one length (axis 1). "
             f"{received}"
         )
-
-
-def _differ(a: Any, b: Any) -> bool:
-    return isinstance(a, int) and isinstance(b, int) and a != b
 
 
 def _check_key_mask(key_mask: Any, key: Any) -> Any:
@@ -423,7 +420,7 @@ def _check_key_mask(key_mask: Any, key: Any) -> Any:
     batch, num_heads, length, _ = key.shape
     shape = tuple(key_mask.shape)
     expected = (batch, length) if len(shape) == 2 else (batch, num_heads, length)
-    if len(shape) not in (2, 3) or any(_differ(a, b) for a, b in zip(shape, expected, strict=True)):
+    if len(shape) not in (2, 3) or any(differ(a, b) for a, b in zip(shape, expected, strict=True)):
         raise ValueError(
             "key_mask must have the shape (batch, key length) or (batch, key heads, key length), "
             f"here ({batch}, {length}) or ({batch}, {num_heads}, {length}). Masks that differ "
@@ -483,7 +480,7 @@ def _check_window(
             f"{type(feature_map).__name__} estimates another kernel: use FavorPlus(), or "
             f"exact_window=None. Received: exact_window={exact_window}"
         )
-    if _differ(query.shape[1], key.shape[1]):
+    if differ(query.shape[1], key.shape[1]):
         raise ValueError(
             "exact_window needs queries and keys of the same positions, of one length (axis 1): in "
             "cross-attention no key is near. Received: "
@@ -528,7 +525,7 @@ def _check_state(
     for name, tensor in tensors.items():
         received = tuple(tensor.shape)
         if len(received) != len(expected[name]) or any(
-            _differ(a, b) for a, b in zip(received, expected[name], strict=True)
+            differ(a, b) for a, b in zip(received, expected[name], strict=True)
         ):
             raise ValueError(
                 f"initial_state[{name!r}] must have the shape {expected[name]}, which follows from "

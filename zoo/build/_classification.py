@@ -29,6 +29,14 @@ def evaluation(model: dict[str, Any], examples: str) -> str:
     )
 
 
+def baseline(examples: str) -> str:
+    """Return what the figures are compared with; `examples` as in `evaluation`."""
+    return (
+        "always the most frequent class; for cross-entropy the frequencies of the classes in the "
+        f"training {examples}."
+    )
+
+
 def heldout_inputs(preset: Path, texts: Sequence[str]) -> dict[str, np.ndarray]:
     """Return inputs made of held-out texts, on which the effect of rounding is measured."""
     from keras_performer.models import PerformerSequenceClassifierPreprocessor

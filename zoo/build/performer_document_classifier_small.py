@@ -12,7 +12,7 @@ import numpy as np
 from training import classification
 from training.data.documents import load_spam_assassin
 from zoo.build import tables
-from zoo.build._classification import ROWS, evaluation, heldout_inputs
+from zoo.build._classification import ROWS, baseline, evaluation, heldout_inputs
 from zoo.build._preset import publish
 from zoo.build._record import Data, Record
 from zoo.build._runs import facts, figures, run_with_twin
@@ -49,8 +49,7 @@ def make_record(model: dict[str, Any], twin: dict[str, Any] | None, phrase: str)
         evaluation=evaluation(model, "mails"),
         metrics=figures(ROWS, "majority", model, twin),
         softmax_twin=phrase,
-        baseline="always the most frequent class; for cross-entropy the frequencies of the classes "
-        "in the training mails.",
+        baseline=baseline("mails"),
         limits=[
             "Its mails are twenty years old: spam of today looks otherwise.",
             "Mails of one campaign or one mailing list may be on both sides of the split; on mail "

@@ -14,7 +14,7 @@ from training import classification
 from training.data.localisation import load_localisation
 from training.data.protein_sample import LOCALISATIONS
 from zoo.build import tables
-from zoo.build._classification import ROWS, evaluation, heldout_inputs
+from zoo.build._classification import ROWS, baseline, evaluation, heldout_inputs
 from zoo.build._preset import publish
 from zoo.build._record import Data, Record
 from zoo.build._runs import facts, figures, run_with_twin
@@ -61,8 +61,7 @@ def make_record(model: dict[str, Any], twin: dict[str, Any] | None, phrase: str)
         evaluation=evaluation(model, "proteins"),
         metrics=figures(ROWS, "majority", model, twin),
         softmax_twin=phrase,
-        baseline="always the most frequent class; for cross-entropy the frequencies of the classes "
-        "in the training proteins.",
+        baseline=baseline("proteins"),
         limits=[
             "It takes the cytoplasm, the nucleus and both of them for one another most often.",
             f"Of a protein of more than {room} residues it saw the first and the last "
