@@ -25,6 +25,16 @@ def compiled_functions_end_with_their_module():
 
 
 @pytest.fixture
+def short_steps(monkeypatch):
+    """Let short sequences have several steps, of several chunks each."""
+    from keras_performer.ops import _chunked, _sums
+
+    monkeypatch.setattr(_sums, "_MOST_CHUNKS", 2)
+    monkeypatch.setattr(_sums, "_CHUNKS_UNKNOWN", 2)
+    monkeypatch.setattr(_chunked, "_PACKED_CHUNK", _chunked.CHUNK)
+
+
+@pytest.fixture
 def eager(monkeypatch):
     """TensorFlow takes longer to compile than to run a few steps as they are; JAX does not."""
     compile_eagerly(monkeypatch)

@@ -11,6 +11,8 @@ from tolerances import assert_close, to_numpy
 
 from keras_performer.layers import PerformerAttention
 
+pytestmark = pytest.mark.usefixtures("short_steps")
+
 KINDS = {
     "performer": {"num_features": 24},
     "exact_window": {"num_features": 24, "exact_window": 3, "num_sink_tokens": 2},

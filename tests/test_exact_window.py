@@ -32,6 +32,8 @@ from keras_performer.ops import (
     softmax_attention,
 )
 
+pytestmark = pytest.mark.usefixtures("short_steps")
+
 NEAR = implementations(4)
 STATEFUL = implementations(4, segmented=True, stateful=True)
 # With every kind of segments that it takes.

@@ -11,8 +11,15 @@ from keras import ops
 from tolerances import assert_close, assert_gradients_close, relative_rms, to_numpy
 
 from keras_performer.feature_maps import ELU, FavorPlus, GeneralizedKernel, ReLU
-from keras_performer.ops import favor_attention, favor_attention_weights, softmax_attention
+from keras_performer.ops import (
+    _chunked,
+    _sums,
+    favor_attention,
+    favor_attention_weights,
+    softmax_attention,
+)
 from keras_performer.ops._chunked import CHUNK
+from keras_performer.ops._scan import scan
 
 BATCH, HEADS, KEY_HEADS, HEAD_DIM, VALUE_DIM, FEATURES = 2, 6, 3, 8, 5, 24
 # A mask of all keys is one of the masks: where time is short the masked cases stand for both.
@@ -27,6 +34,9 @@ LENGTHS = (
     CHUNK + 1,
     2 * CHUNK + 41,
 )
+
+
+pytestmark = pytest.mark.usefixtures("short_steps")
 
 
 def feature_map(seed=1, **kwargs):
@@ -159,11 +169,30 @@ def test_equals_the_reference(implementation, causal, masked, segmented, length)
     assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("make", [feature_map, lambda: ReLU(FEATURES, seed=1)])
+@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize("rows", [1, 2**20])
+def test_large_batches_take_shorter_steps(monkeypatch, make, segmented, rows):
+    """One chunk a step, or all of them in one: the outputs and gradients are the same."""
+    monkeypatch.setattr(_sums, "_MOST_CHUNKS", 16)
+    monkeypatch.setattr(_sums, "_STEP_NUMBERS", rows)
+    length = 2 * CHUNK + 9
+    arrays, fm, direction = make_qkv(length), make(), make_direction(length)
+    options = {"causal": True, **make_options(length, True, segmented)}
+    steps = []
+    monkeypatch.setattr(_chunked, "scan", lambda *a, **k: steps.append(a[2]) or scan(*a, **k))
+    actual = attention_gradients(*arrays, fm, direction, implementation="chunked", **options)
+    assert {xs[0].shape[0] for xs in steps} == {3 if rows == 1 else 1}
+    expected = attention_gradients(*arrays, fm, direction, implementation="reference", **options)
+    assert_close(actual[0], expected[0])
+    assert_gradients_close(actual[1], expected[1])
+
+
 @pytest.mark.parametrize("implementation", FAST)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("masked", [UNMASKED, True])
 @pytest.mark.parametrize("segmented", [False, True])
-@pytest.mark.parametrize("length", [1, CHUNK + 1])
+@pytest.mark.parametrize("length", [1, 2 * CHUNK + 1])
 def test_gradients_equal_the_reference(implementation, causal, masked, segmented, length):
     arrays, fm = make_qkv(length), feature_map()
     options = {"causal": causal, **make_options(length, masked, segmented)}
@@ -197,7 +226,7 @@ def test_gradients_by_feature_weights_and_state_equal_the_reference(
 ):
     if segmented and not causal:
         pytest.skip("bidirectional attention within segments has no state")
-    length = CHUNK + 3
+    length = 2 * CHUNK + 3
     query, key, value = make_qkv(length)
     projection = np.random.default_rng(7).standard_normal((FEATURES, HEAD_DIM)).astype("float32")
     rng = np.random.default_rng(8)
@@ -288,10 +317,10 @@ def test_other_float_types(dtype, causal):
 
 @pytest.mark.parametrize("implementation", PLAIN)
 @pytest.mark.parametrize("key_scale", [1.0, 8.0])
-@pytest.mark.parametrize("place", [0, 40, CHUNK - 1, CHUNK, CHUNK + 20])
+@pytest.mark.parametrize("place", [0, 40, 47, 48, 70, 95, 96, 150])
 def test_the_future_does_not_matter(implementation, key_scale, place):
     """Guards against scales and maxima taken over keys that come later."""
-    length = CHUNK + 37
+    length = 2 * CHUNK + 37  # two steps of two chunks of 48 tokens
     query, key, value = make_qkv(length)
     later = make_qkv(length, seed=9)
     changed = [x.copy() for x in (query, key, value)]
@@ -469,7 +498,7 @@ def test_segments_equal_separate_calls(causal):
 @pytest.mark.parametrize("segmented", [False, True])
 @pytest.mark.parametrize("splits", [(1,), (CHUNK,), (5, 6, CHUNK + 9), tuple(range(1, 12))])
 def test_split_and_resume_equals_one_call(implementation, segmented, splits):
-    length = CHUNK + 31
+    length = 2 * CHUNK + 31
     query, key, value = make_qkv(length)
     mask = make_mask(length)
     segments = make_segments(length)

@@ -25,8 +25,10 @@ from keras_performer.feature_maps import (
 from keras_performer.layers import PerformerAttention
 from keras_performer.models import PerformerEncoderBackbone
 from keras_performer.ops import favor_attention
-from keras_performer.ops._chunked import CHUNK, WIDE_CHUNK
+from keras_performer.ops._chunked import CHUNK
 from keras_performer.ops.projections import simplex
+
+pytestmark = pytest.mark.usefixtures("short_steps")
 
 STANDARD_ERRORS = 5
 BATCH, LENGTH, HEADS, KEY_HEADS, HEAD_DIM, FEATURES = 2, 11, 6, 3, 7, 19
@@ -430,7 +432,7 @@ def test_heads_are_looked_for_on_axis_one(make):
 @pytest.mark.parametrize("implementation", ["chunked", "reference"])
 def test_the_future_does_not_matter_to_favor_plus_plus(implementation):
     # Guards against statistics of the sequence at hand, as the papers take them.
-    length, place = CHUNK + 37, CHUNK + 5
+    length, place = 2 * CHUNK + 37, CHUNK + 5
     query, key, value = make_qkv(length)
     changed = [x.copy() for x in (query, key, value)]
     for x in changed:
@@ -510,7 +512,7 @@ def test_hedgehog_holds_at_any_norm():
 def test_chunked_equals_reference(name, causal):
     """Outputs, and gradients by query, key, value and the projection."""
     feature_map = adapted(MAPS[name]())
-    arrays = make_qkv((CHUNK if causal else WIDE_CHUNK) + 9)  # more than one chunk
+    arrays = make_qkv(2 * CHUNK + 9)  # more than one step
     weights = list(feature_map.trainable_weights)
     assert len(weights) == (name in LEARNING)
     cotangent = normal(*arrays[0].shape[:3], 5, seed=8)  # the gradient by it is the output

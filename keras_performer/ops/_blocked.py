@@ -16,14 +16,16 @@ from keras import ops
 
 from keras_performer.ops._chunks import (
     LOG_ZERO,
+    by_chunks,
     dtype_of,
     exp,
     hide,
     is_one,
     normalize,
     overlapping,
-    pad,
     part,
+    rows_by_steps,
+    rows_of_steps,
     split,
     with_ones,
 )
@@ -31,10 +33,13 @@ from keras_performer.ops._near_field import NearField
 from keras_performer.ops._scan import carries_of, scan
 from keras_performer.ops._sums import (
     absorb,
+    combine,
     features,
     initial_carry,
     key_features,
     no_carry,
+    sums_before,
+    sums_of_chunks,
 )
 
 _STEP = 1024
@@ -91,7 +96,7 @@ def attend(
     after = 0 if causal else window
     empty = initial_carry(None, key, value, feature_map)
     value = with_ones(value, key_mask)
-    arrays = {"query": _query_blocks(query, window, size, num_steps)}
+    arrays = {"query": rows_by_steps(query, window, size, num_steps)}
     beside = {"lead": window, "before": window, "after": after}
     for name, x in (("key", key), ("value", value), ("mask", key_mask)):
         arrays[name] = overlapping(x, 2, size * window, num_steps, **beside)
@@ -109,13 +114,15 @@ def attend(
     has_far = not (isinstance(num_steps, int) and num_steps * size <= 2)
     if has_far and not causal and not is_one(num_steps):
         arrays |= _sums_beside(arrays, feature_map, operands, empty, size * window)
-    order = _order(causal, window, query.shape[2])
+    order = ops.convert_to_tensor(_order(causal, window, query.shape[2]))
+    sides = [side for side in ("before", "after") if f"{side}_sums" in arrays]
+    seen = None if causal else ops.convert_to_tensor(_seen_blocks(size, len(sides)))
 
     def step(carry, xs, weights):
         tile = dict(zip(arrays, xs, strict=True))
         weights, sink = weights[: len(operands)], weights[len(operands) :]
         q = tile["query"]
-        k, v, m = (_by_blocks(tile[name], window) for name in ("key", "value", "mask"))
+        k, v, m = (by_chunks(tile[name], window) for name in ("key", "value", "mask"))
         near_key, near_value, near_mask = (_near_blocks(x, size) for x in (k, v, m))
         visible = ops.logical_and(order, ops.expand_dims(near_mask, 3))
         logits = [_logits(q, near_key, visible)]
@@ -132,26 +139,18 @@ def attend(
             row_max = ops.stop_gradient(row_max)
             return carry, (normalize(_weigh(logits, near_values, row_max)),)
         phi_q, log_q = features(feature_map, q, weights, is_query=True)
-        if causal:
-            outer = [carry]
-        else:  # with a single step there is nothing beside it
-            sides = [side for side in ("before", "after") if f"{side}_sums" in tile]
+        if causal:  # the last block is none that the step's queries read
+            keys = _block_features(tile, feature_map, weights, window, size)
+            (read, scale), carry = sums_before(carry, *keys)
+        else:
+            keys = _block_features(tile, feature_map, weights, window, size + 2)
             outer = [(tile[f"{side}_sums"], tile[f"{side}_scale"]) for side in sides]
-        # Causally the last block is none that the step's queries read.
-        own = _block_sums(tile, feature_map, weights, window, size if causal else size + 2)
-        sums, scales = _combine(outer, own, _seen_blocks(size, causal, len(outer)))
-        read, scale = sums, scales
-        if causal:  # the last row is the next carry
-            read, scale = part(sums, 2, 0, size), part(scales, 2, 0, size)
-        scale = log_q + ops.expand_dims(scale, (-1, -2))
+            read, scale = combine(outer, sums_of_chunks(*keys), seen)
+            scale = ops.expand_dims(scale, (-1, -2))
+        scale = log_q + scale
         row_max = ops.stop_gradient(ops.maximum(row_max, scale))
         total = _weigh(logits, near_values, row_max)
         total = total + exp(scale - row_max) * ops.matmul(phi_q, read)
-        if causal:
-            carry = (
-                ops.squeeze(part(sums, 2, size, 1), 2),
-                ops.expand_dims(part(scales, 2, size, 1), -1),
-            )
         return carry, (normalize(total),)
 
     _, (output,) = scan(
@@ -161,7 +160,7 @@ def attend(
         (*operands, *sinks),
         output_shapes=[(*ops.shape(arrays["query"])[1:-1], value.shape[-1] - 1)],
     )
-    output = _from_blocks(output, query, window)
+    output = rows_of_steps(output, query, window)
     if moves is not None:
         output = ops.cond(moves, lambda: _moved(output, 3, -first), lambda: output)
     return output, {}
@@ -195,31 +194,6 @@ def _plan(length, window):
     num_steps = -(-num_blocks // size)
     size = -(-num_blocks // num_steps)
     return size, -(-num_blocks // size)
-
-
-def _query_blocks(query, window, size, num_steps):
-    """(B, K, Q, T, H) for Q query groups -> (n, B, K, G, Q*W, H)."""
-    query = pad(query, 3, num_steps * size * window)
-    batch, num_heads, num_groups, _, head_dim = ops.shape(query)
-    shape = (batch, num_heads, num_groups, num_steps, size, window, head_dim)
-    query = ops.transpose(ops.reshape(query, shape), (3, 0, 1, 4, 2, 5, 6))
-    return ops.reshape(query, (num_steps, batch, num_heads, size, num_groups * window, head_dim))
-
-
-def _from_blocks(rows, query, window):
-    """(n, B, K, G, Q*W, V) -> (B, K, Q, T, V)."""
-    num_steps, batch, num_heads, size, _, value_dim = ops.shape(rows)
-    num_groups, length = ops.shape(query)[2:4]
-    rows = ops.reshape(rows, (num_steps, batch, num_heads, size, num_groups, window, value_dim))
-    rows = ops.transpose(rows, (1, 2, 4, 0, 3, 5, 6))
-    shape = (batch, num_heads, num_groups, num_steps * size * window, value_dim)
-    return part(ops.reshape(rows, shape), 3, 0, length)
-
-
-def _by_blocks(x, window):
-    """(B, K, E*W, ...) -> (B, K, E, W, ...)."""
-    shape = [*ops.shape(x)]
-    return ops.reshape(x, (*shape[:2], shape[2] // window, window, *shape[3:]))
 
 
 def _near_blocks(x, size):
@@ -286,45 +260,14 @@ def _sums_beside(arrays, feature_map, operands, empty, length):
     return found
 
 
-def _block_sums(tile, feature_map, operands, window, count):
-    """The sums (B, K, E, M, V+1) of a step's first blocks, and their log scales (B, K, E, 1)."""
-    key, value, mask = (_by_blocks(x, window) for x in _far_keys(tile, 0, count * window))
+def _block_features(tile, feature_map, operands, window, count):
+    """Features, values and log scales (B, K, E, W, ...) of a step's first blocks."""
+    key, value, mask = (by_chunks(x, window) for x in _far_keys(tile, 0, count * window))
     phi, log_scale = key_features(feature_map, key, operands, ops.expand_dims(mask, -1))
-    scale = ops.stop_gradient(ops.max(log_scale, axis=-2, keepdims=True))
-    value = value * exp(log_scale - scale)
-    return ops.matmul(ops.swapaxes(phi, -1, -2), value), ops.squeeze(scale, -1)
+    return phi, value, log_scale
 
 
-def _combine(outer, own, seen):
-    """Weigh sums by which of them are `seen`, a boolean array (rows, outer + E).
-
-    Args:
-        outer: Pairs of sums (B, K, M, V+1) and log scale (B, K, 1, 1).
-        own: Sums (B, K, E, M, V+1) and log scales (B, K, E, 1).
-        seen: Which of these each row adds up.
-
-    Returns:
-        Sums (B, K, rows, M, V+1) and log scales (B, K, rows).
-    """
-    sums = [*(ops.expand_dims(s, 2) for s, _ in outer), own[0]]
-    scales = [*(ops.squeeze(s, -1) for _, s in outer), ops.squeeze(own[1], -1)]
-    sums, scales = ops.concatenate(sums, axis=2), ops.concatenate(scales, axis=-1)
-    scales = ops.where(seen, ops.expand_dims(scales, 2), LOG_ZERO)
-    largest = ops.max(scales, axis=-1)
-    factors = exp(scales - ops.expand_dims(largest, -1))
-    batch, num_heads, count, num_features, width = ops.shape(sums)
-    flat = ops.reshape(sums, (batch, num_heads, count, num_features * width))
-    combined = ops.matmul(factors, flat)
-    return ops.reshape(combined, (batch, num_heads, -1, num_features, width)), largest
-
-
-def _seen_blocks(size, causal, num_outer):
-    """Which sums the queries of each block read, and causally, in a last row, the next carry."""
-    block = np.arange(size)[:, None]
-    if causal:
-        # The sums before the step, and then the block before it and its own but the last.
-        own = np.arange(size) < block
-        own = np.concatenate([own, np.ones((1, size), bool)])
-        return np.concatenate([np.ones((size + 1, 1), bool), own], axis=1)
-    own = np.abs(np.arange(size + 2) - 1 - block) > 1
+def _seen_blocks(size, num_outer):
+    """Which sums the queries of each block read: all outer ones, and its own but the near."""
+    own = np.abs(np.arange(size + 2) - 1 - np.arange(size)[:, None]) > 1
     return np.concatenate([np.ones((size, num_outer), bool), own], axis=1)

@@ -11,13 +11,17 @@ from typing import Any
 from keras import ops
 
 from keras_performer.ops._chunks import (
-    cut,
+    by_chunks,
     join_rows,
     normalize,
+    pad,
     plan,
     reads_run,
+    rows_by_steps,
+    rows_of_steps,
     run_before,
     same_run,
+    split,
     split_rows,
     tile_rows,
     with_ones,
@@ -31,13 +35,16 @@ from keras_performer.ops._sums import (
     initial_carry,
     keep_run,
     key_features,
+    most_chunks,
     no_carry,
+    run_edges,
+    sums_before,
 )
 
-CHUNK = 128
-"""Tokens a step when pairs within a chunk are formed (causal, or packed segments)."""
-WIDE_CHUNK = 256
-"""Tokens a step when only the state is built or read."""
+CHUNK = 64
+"""Tokens whose pairs are formed, causally."""
+_PACKED_CHUNK = 128
+"""Tokens a step, and whose pairs are formed, in packed segments: each step keeps two states."""
 
 
 def why_not(*, exact_window: int | None, **options: Any) -> str | None:
@@ -90,14 +97,18 @@ def attend(
 
 
 def _bidirectional(query, key, value, feature_map, operands, key_mask, state):
-    keys = _key_chunks(key, value, key_mask, WIDE_CHUNK)
+    batch, num_heads, num_groups, length, _ = ops.shape(query)
+    most = most_chunks(batch * num_heads * CHUNK * feature_map.feature_dim)
+    keys = _key_chunks(key, value, key_mask, *plan(ops.shape(key)[2], CHUNK * most))
 
     def take_up(carry, x, weights):
         k, v, m = x
         return absorb(carry, v, *key_features(feature_map, k, weights, m)), ()
 
     carry, _ = scan(take_up, initial_carry(state, key, value, feature_map), keys, operands)
-    queries, length = _query_chunks(query, WIDE_CHUNK)
+    most = most_chunks(batch * num_heads * num_groups * CHUNK * feature_map.feature_dim)
+    size, num_chunks = plan(length, CHUNK * most)
+    queries = split_rows(query, size, num_chunks)
 
     def read(carry, x, weights):
         phi, _ = features(feature_map, x[0], weights[1:], is_query=True)
@@ -110,50 +121,57 @@ def _bidirectional(query, key, value, feature_map, operands, key_mask, state):
         (carry[0], *operands),
         output_shapes=[(*ops.shape(queries)[1:-1], value.shape[-1])],
     )
-    return join_rows(output, query, length), as_state(carry)
+    return join_rows(output, query, size), as_state(carry)
 
 
 def _causal(query, key, value, feature_map, operands, key_mask, runs, state):
-    keys = _key_chunks(key, value, key_mask, CHUNK)
-    queries, length = _query_chunks(query, CHUNK)
+    size, count, num_steps = _plan_causal(query, feature_map)
+    keys = _key_chunks(key, value, key_mask, count * size, num_steps)
     num_groups = query.shape[2]
-    run_chunks = () if runs is None else _run_chunks(runs, CHUNK)
+    rows = rows_by_steps(query, size, count, num_steps)
+    # A map takes tensors of four axes, so the chunks of a step are told apart after it.
+    queries = ops.reshape(rows, (*ops.shape(rows)[:3], -1, query.shape[-1]))
+    run_steps = () if runs is None else _run_chunks(runs, count * size, num_steps)
+    place = ops.arange(size)
+    order = ops.expand_dims(place, -1) >= place
 
     def step(carry, x, weights):
-        q, k, v, m, *chunk_runs = x
+        q, k, v, m, *step_runs = x
         phi_q, _ = features(feature_map, q, weights, is_query=True)
         phi_k, log_scale = key_features(feature_map, k, weights, m)
-        size = k.shape[2]
-        position = ops.expand_dims(ops.arange(size), (0, 1, 2))
-        visible = ops.swapaxes(position, -1, -2) >= position
-        reads_state = None
-        if chunk_runs:
-            run, state_run = chunk_runs
-            visible = ops.logical_and(visible, same_run(run, run))
-            reads_state = reads_run(run, state_run, num_groups)
+        phi_q = by_chunks(phi_q, num_groups * size)
+        phi_k, v = by_chunks(phi_k, size), by_chunks(v, size)
+        if log_scale is not None:
+            log_scale = by_chunks(log_scale, size)
+        visible, gate, run, edges = order, None, None, None
+        if step_runs:
+            run = ops.reshape(step_runs[0], (-1, count, size))
+            edges = run_edges(run, step_runs[1])
+            visible = ops.logical_and(order, same_run(run, run))
+            gate = reads_run(run, edges[:, :-1], num_groups)
+        before, carry = sums_before(carry, phi_k, v, log_scale, run, edges)
         weighted = attend_chunk(
-            phi_q, phi_k, log_scale, v, tile_rows(visible, num_groups), [(*carry, reads_state)]
+            phi_q, phi_k, log_scale, v, tile_rows(visible, num_groups), [(*before, gate)]
         )
-        if chunk_runs:
-            carry, v, log_scale = keep_run(carry, v, log_scale, run, state_run, run[:, -1])
-        return absorb(carry, v, phi_k, log_scale), (normalize(weighted),)
+        return carry, (normalize(weighted),)
 
     carry, (output,) = scan(
         step,
         initial_carry(state, key, value, feature_map, feature_map.causal_key_sum),
-        (queries, *keys, *run_chunks),
+        (queries, *keys, *run_steps),
         operands,
-        output_shapes=[(*ops.shape(queries)[1:-1], value.shape[-1])],
+        output_shapes=[(*ops.shape(rows)[1:-1], value.shape[-1])],
     )
-    return join_rows(output, query, length), as_state(carry)
+    return rows_of_steps(output, query, size), as_state(carry)
 
 
 def _packed(query, key, value, feature_map, operands, key_mask, runs):
     """Bidirectional attention within segments: pairs in a chunk, states from both sides."""
-    keys = _key_chunks(key, value, key_mask, CHUNK)
-    queries, length = _query_chunks(query, CHUNK)
+    size, num_chunks = plan(ops.shape(query)[3], _PACKED_CHUNK)
+    keys = _key_chunks(key, value, key_mask, size, num_chunks)
+    queries = split_rows(query, size, num_chunks)
     num_groups = query.shape[2]
-    run, before = _run_chunks(runs, CHUNK)
+    run, before = _run_chunks(runs, size, num_chunks)
     after = ops.concatenate([run[1:, :, 0], run[-1:, :, -1]], axis=0)
     empty = initial_carry(None, key, value, feature_map)
 
@@ -189,36 +207,41 @@ def _packed(query, key, value, feature_map, operands, key_mask, runs):
         operands,
         output_shapes=[(*ops.shape(queries)[1:-1], value.shape[-1])],
     )
-    return join_rows(output, query, length), {}
+    return join_rows(output, query, size), {}
 
 
 # Chunks of keys, queries and segments.
 
 
-def _key_chunks(key, value, key_mask, largest):
+def _plan_causal(query, feature_map):
+    """Tokens a chunk, chunks a step and number of steps, static or not."""
+    batch, num_heads, num_groups, length, _ = ops.shape(query)
+    most = most_chunks(batch * num_heads * num_groups * CHUNK * feature_map.feature_dim)
+    num_steps = -(-length // (CHUNK * most))
+    if not isinstance(length, int):
+        return CHUNK, most, num_steps
+    count = -(-length // (CHUNK * num_steps))
+    size = -(-length // (count * num_steps))
+    return (size if size == length else -(-size // 8) * 8), count, num_steps
+
+
+def _key_chunks(key, value, key_mask, size, num_chunks):
     """Key (n, B, K, C, H), value with its ones (n, B, K, C, V+1), mask (n, B, K|1, C, 1)."""
     batch, _, length, _ = ops.shape(key)
     if key_mask is None:
         key_mask = ops.ones((batch, 1, length), "bool")
     value, mask = with_ones(value, key_mask), ops.expand_dims(key_mask, -1)
-    return cut(key, 2, largest), cut(value, 2, largest), cut(mask, 2, largest)
+    return tuple(split(pad(x, 2, num_chunks * size), 2, size) for x in (key, value, mask))
 
 
-def _query_chunks(query, largest):
-    """Query rows (n, B, K, G*C, H) and the padded chunk length."""
-    size, num_chunks = plan(ops.shape(query)[3], largest)
-    return split_rows(query, size, num_chunks), size
-
-
-def _run_chunks(runs, largest):
+def _run_chunks(runs, size, num_chunks):
     """Run indices (n, B, C), and the run (n, B) that the state before each chunk belongs to.
 
     Padding continues the last run, so that the state at the end is the last segment's.
     """
-    size, num_chunks = plan(ops.shape(runs)[1], largest)
     padding = size * num_chunks - ops.shape(runs)[1]
     if not (isinstance(padding, int) and padding == 0):
         last = ops.broadcast_to(runs[:, -1:], (ops.shape(runs)[0], padding))
         runs = ops.concatenate([runs, last], axis=1)
-    chunks = cut(runs, 1, largest)
+    chunks = split(runs, 1, size)
     return chunks, run_before(chunks)

@@ -75,15 +75,11 @@ def part(x: Any, axis: int, start: int, length: Any) -> Any:
     What `x[start:stop]` is, but its gradient is a padding on TensorFlow, which takes a fraction of
     the time of that of an index.
     """
+    if x.shape[axis] == length and isinstance(length, int):
+        return x
     starts, shape = [0] * len(x.shape), [*ops.shape(x)]
     starts[axis], shape[axis] = start, length
     return ops.slice(x, starts, shape)
-
-
-def cut(x: Any, axis: int, largest: int) -> Any:
-    """Cut `axis` (positive) into the chunks of `plan`: (num_chunks, ..., size, ...)."""
-    size, num_chunks = plan(ops.shape(x)[axis], largest)
-    return split(pad(x, axis, size * num_chunks), axis, size)
 
 
 def split(x: Any, axis: int, size: int) -> Any:
@@ -135,23 +131,44 @@ def with_ones(value: Any, mask: Any) -> Any:
 
 def split_rows(query: Any, size: int, num_chunks: Any) -> Any:
     """The rows of all query groups by chunks: (B, K, G, T, H) -> (num_chunks, B, K, G*size, H)."""
-    chunks = split(pad(query, 3, size * num_chunks), 3, size)
-    _, batch, num_heads, num_groups, _, head_dim = ops.shape(chunks)
-    return ops.reshape(chunks, (num_chunks, batch, num_heads, num_groups * size, head_dim))
+    return ops.squeeze(rows_by_steps(query, size, 1, num_chunks), 3)
 
 
 def join_rows(rows: Any, query: Any, size: int) -> Any:
     """The reverse for an output: (num_chunks, B, K, G*size, V) -> (B, K, G, T, V)."""
-    num_chunks, batch, num_heads, _, value_dim = ops.shape(rows)
+    return rows_of_steps(ops.expand_dims(rows, 3), query, size)
+
+
+def rows_by_steps(query: Any, size: int, count: int, num_steps: Any) -> Any:
+    """The rows of all query groups by steps of E = `count` chunks each.
+
+    (B, K, G, T, H) -> (num_steps, B, K, E, G*size, H).
+    """
+    query = pad(query, 3, num_steps * count * size)
+    batch, num_heads, num_groups, _, head_dim = ops.shape(query)
+    shape = (batch, num_heads, num_groups, num_steps, count, size, head_dim)
+    query = ops.transpose(ops.reshape(query, shape), (3, 0, 1, 4, 2, 5, 6))
+    return ops.reshape(query, (num_steps, batch, num_heads, count, num_groups * size, head_dim))
+
+
+def rows_of_steps(rows: Any, query: Any, size: int) -> Any:
+    """The reverse for an output: (num_steps, B, K, E, G*size, V) -> (B, K, G, T, V)."""
+    num_steps, batch, num_heads, count, _, value_dim = ops.shape(rows)
     num_groups, length = ops.shape(query)[2:4]
-    rows = ops.reshape(rows, (num_chunks, batch, num_heads, num_groups, size, value_dim))
-    rows = ops.transpose(rows, (1, 2, 3, 0, 4, 5))
-    rows = ops.reshape(rows, (batch, num_heads, num_groups, num_chunks * size, value_dim))
-    return part(rows, 3, 0, length)
+    rows = ops.reshape(rows, (num_steps, batch, num_heads, count, num_groups, size, value_dim))
+    rows = ops.transpose(rows, (1, 2, 4, 0, 3, 5, 6))
+    shape = (batch, num_heads, num_groups, num_steps * count * size, value_dim)
+    return part(ops.reshape(rows, shape), 3, 0, length)
+
+
+def by_chunks(x: Any, size: int) -> Any:
+    """The tokens of a step by chunks: (B, K, E*size, ...) -> (B, K, E, size, ...)."""
+    shape = [*ops.shape(x)]
+    return ops.reshape(x, (*shape[:2], shape[2] // size, size, *shape[3:]))
 
 
 def same_run(run_a: Any, run_b: Any) -> Any:
-    """Whether two tokens are of one segment: (B, L), (B, L') -> (B, 1, L, L')."""
+    """Whether two tokens are of one segment: (B, ..., L), (B, ..., L') -> (B, 1, ..., L, L')."""
     return ops.expand_dims(
         ops.equal(ops.expand_dims(run_a, -1), ops.expand_dims(run_b, -2)), axis=1
     )
@@ -163,7 +180,7 @@ def run_before(run: Any, last: int = -1) -> Any:
 
 
 def reads_run(run: Any, carried_run: Any, num_groups: int) -> Any:
-    """Which rows of a chunk's runs (B, C) a state of `carried_run` (B,) is for: (B, 1, G*C, 1)."""
+    """Which rows (B, 1, ..., G*C, 1) of runs (B, ..., C) read a state of `carried_run` (B, ...)."""
     return tile_rows(same_run(run, ops.expand_dims(carried_run, -1)), num_groups)
 
 

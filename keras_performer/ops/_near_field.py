@@ -37,7 +37,7 @@ class NearField(NamedTuple):
     """None, or for a state to return each row's last slot (B,) and the position after it (B,)."""
 
     def is_exact(self, query_positions: Any, key_positions: Any) -> Any:
-        """Whether pairs are near: (B, L), (B, L') -> (B, 1, L, L'), for tokens of one sequence.
+        """Whether pairs of a sequence are near: (B, ..., L), (B, ..., L') -> (B, 1, ..., L, L').
 
         Causal visibility is left to the caller; it never sees a later block.
         """

@@ -13,10 +13,25 @@ of at least exp(-70), and a quotient by it and its gradient stay within float32,
 
 from keras import ops
 
-from keras_performer.ops._chunks import LOG_ZERO, dtype_of, exp, hide
+from keras_performer.ops._chunks import LOG_ZERO, dtype_of, exp, hide, part, same_run
 
 # A feature over the smallest denominator is exp(70) then, and a sum of 1e7 of these a float32.
 _RANGE = 70.0
+
+
+_MOST_CHUNKS = 16
+"""The most chunks a step."""
+_STEP_NUMBERS = 2**20
+"""The most numbers in an array of a step of several chunks: they stay in the caches."""
+_CHUNKS_UNKNOWN = 4
+"""Chunks a step where the batch size is not known."""
+
+
+def most_chunks(numbers):
+    """The most chunks a step if the largest array of each has so many numbers, static or not."""
+    if not isinstance(numbers, int):
+        return _CHUNKS_UNKNOWN
+    return max(1, min(_MOST_CHUNKS, _STEP_NUMBERS // numbers))
 
 
 # What happens inside one chunk.
@@ -28,9 +43,8 @@ def features(feature_map, x, operands, *, is_query):
     if offset is None:
         return values, None
     top = ops.stop_gradient(ops.max(values, axis=-1, keepdims=True))
-    # `clip` keeps float64, which `maximum` does not on PyTorch. No value is above zero; a bound
-    # there would halve the gradient of the largest feature on JAX.
-    phi = exp(ops.clip(values - top, -_RANGE, 1.0))
+    # PyTorch's `clip` and `maximum` take their bound as a tensor, six times as slowly.
+    phi = exp(ops.threshold(values - top, -_RANGE, -_RANGE))
     return phi, top + offset
 
 
@@ -43,10 +57,10 @@ def key_features(feature_map, key, operands, mask):
 
 
 def attend_chunk(phi_q, phi_k, log_scale, value, visible, reads):
-    """Sum the chunk's visible values and the states' into (B, K, R, V+1), under one row maximum.
+    """Sum a chunk's visible values and the states' into (B, K, ..., R, V+1), under one row maximum.
 
-    `visible` is boolean (B or 1, 1, R, C). Each read is (sums (B, K, M, V+1), log scale
-    (B, K, 1, 1), boolean gate (B, 1, R, 1) or None).
+    `visible` is boolean and broadcasts to (B, K, ..., R, C). Each read is (sums
+    (B, K, ..., M, V+1), log scale (B, K, ..., 1, 1), boolean gate (B, 1, ..., R, 1) or None).
     """
     scores = ops.matmul(phi_q, ops.swapaxes(phi_k, -1, -2))
     if log_scale is None:
@@ -81,17 +95,89 @@ def absorb(carry, value, phi, log_scale):
     return sums + ops.matmul(ops.swapaxes(phi, -1, -2), value), scale
 
 
+def sums_of_chunks(phi, value, log_scale):
+    """The sums (B, K, E, M, V+1) of each of E chunks (B, K, E, C, ...), and scales (B, K, E, 1)."""
+    scale = ops.zeros((*ops.shape(value)[:3], 1), dtype_of(value))
+    if log_scale is not None:
+        largest = ops.stop_gradient(ops.max(log_scale, axis=-2, keepdims=True))
+        value, scale = value * exp(log_scale - largest), ops.squeeze(largest, -1)
+    return ops.matmul(ops.swapaxes(phi, -1, -2), value), scale
+
+
+def combine(outer, own, seen):
+    """Weigh sums by which of them are `seen`, booleans (..., rows, outer + E).
+
+    Args:
+        outer: Pairs of sums (B, K, M, V+1) and log scale (B, K, 1, 1).
+        own: Sums (B, K, E, M, V+1) and log scales (B, K, E, 1).
+        seen: Which of these each row adds up.
+
+    Returns:
+        Sums (B, K, rows, M, V+1) and log scales (B, K, rows).
+    """
+    sums = [*(ops.expand_dims(s, 2) for s, _ in outer), own[0]]
+    scales = [*(ops.squeeze(s, -1) for _, s in outer), ops.squeeze(own[1], -1)]
+    sums, scales = ops.concatenate(sums, axis=2), ops.concatenate(scales, axis=-1)
+    scales = ops.where(seen, ops.expand_dims(scales, 2), LOG_ZERO)
+    largest = ops.max(scales, axis=-1)
+    factors = exp(scales - ops.expand_dims(largest, -1))
+    batch, num_heads, count, num_features, width = ops.shape(sums)
+    flat = ops.reshape(sums, (batch, num_heads, count, num_features * width))
+    combined = ops.matmul(factors, flat)
+    return ops.reshape(combined, (batch, num_heads, -1, num_features, width)), largest
+
+
+def sums_before(carry, phi, value, log_scale, run=None, edges=None):
+    """The sums before each of E chunks of keys, and the carry after the last.
+
+    Args:
+        carry: The carry before the first.
+        phi: (B, K, E, C, M).
+        value: (B, K, E, C, V+1).
+        log_scale: None or (B, K, E, C, 1).
+        run: None or the keys' runs (B, E, C).
+        edges: None or `run_edges` of these.
+
+    Returns:
+        Sums (B, K, E, M, V+1) and log scale (B, K, E, 1, 1), and the next carry.
+    """
+    count = phi.shape[2]
+    if count == 1 and edges is None:  # as in decoding, token by token
+        before = tuple(ops.expand_dims(x, 2) for x in carry)
+        return before, tuple(ops.squeeze(x, 2) for x in absorb(before, value, phi, log_scale))
+    place = ops.arange(count + 1)
+    seen = ops.expand_dims(place, -1) >= place
+    if edges is not None:
+        seen = ops.logical_and(seen, same_run(edges, edges))
+        value, log_scale = keep_keys(value, log_scale, run, edges[:, 1:])
+    sums, scales = combine([carry], sums_of_chunks(phi, value, log_scale), seen)
+    before = part(sums, 2, 0, count), ops.expand_dims(part(scales, 2, 0, count), (-1, -2))
+    after = ops.squeeze(part(sums, 2, count, 1), 2), ops.expand_dims(part(scales, 2, count, 1), -1)
+    return before, after
+
+
+def run_edges(run, carried_run):
+    """The runs (B, E+1) of the sums before each chunk of runs (B, E, C), and after the last."""
+    return ops.concatenate([ops.expand_dims(carried_run, -1), run[:, :, -1]], axis=1)
+
+
+def keep_keys(value, log_scale, run, kept_run):
+    """Drop from keys of runs (B, ..., C) what is not of the run `kept_run` (B, ...)."""
+    belongs = ops.expand_dims(ops.equal(run, ops.expand_dims(kept_run, -1)), (1, -1))
+    value = ops.where(belongs, value, 0.0)
+    if log_scale is not None:
+        log_scale = ops.where(belongs, log_scale, LOG_ZERO)
+    return value, log_scale
+
+
 def keep_run(carry, value, log_scale, run, carried_run, kept_run):
     """Drop from the carry and from a chunk of keys what is not of the run `kept_run` (B,)."""
     sums, scale = carry
     keep = ops.reshape(ops.equal(carried_run, kept_run), (-1, 1, 1, 1))
     sums = ops.where(keep, sums, 0.0)
-    belongs = ops.expand_dims(ops.equal(run, ops.expand_dims(kept_run, -1)), (1, 3))
-    value = ops.where(belongs, value, 0.0)
     if log_scale is not None:
         scale = ops.where(keep, scale, LOG_ZERO)
-        log_scale = ops.where(belongs, log_scale, LOG_ZERO)
-    return (sums, scale), value, log_scale
+    return (sums, scale), *keep_keys(value, log_scale, run, kept_run)
 
 
 # State.

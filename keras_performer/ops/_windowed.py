@@ -15,14 +15,14 @@ from keras_performer.ops._chunks import (
     exp,
     hide,
     is_one,
-    join_rows,
     normalize,
     overlapping,
     part,
     reads_run,
+    rows_by_steps,
+    rows_of_steps,
     run_before,
     same_run,
-    split_rows,
     tile_rows,
     with_ones,
 )
@@ -35,10 +35,15 @@ from keras_performer.ops._sums import (
     initial_carry,
     keep_run,
     key_features,
+    most_chunks,
     no_carry,
+    run_edges,
+    sums_before,
 )
 
 _SMALLEST_TILE = 128
+_SMALLEST_CAUSAL_TILE = 32
+_WITHOUT_HEADS = ("position", "stays", "run")
 
 
 def why_not(*, exact_window: int | None, **options: Any) -> str | None:
@@ -86,33 +91,42 @@ def attend(
 
 def _causal(query, key, value, feature_map, operands, key_mask, runs, state, near):
     length, num_groups = ops.shape(query)[3], query.shape[2]
-    size, num_tiles = _plan(length, 2 * near.window)
-    reach = 0 if is_one(num_tiles) and not near.front else 2 * near.window
+    size, count, num_steps = _plan_causal(query, feature_map, near)
+    single = is_one(count) and is_one(num_steps)
+    reach = 0 if single and not near.front else 2 * near.window
     sees_all = _sees_all_exactly(length, near)
-    arrays = _tiles(key, value, key_mask, runs, near, size, num_tiles, reach, 0)
+    tiles = _tiles(key, value, key_mask, runs, near, size, num_steps * count, reach, 0)
+    arrays = _by_steps(tiles, count)
     if runs is not None:
-        arrays["state_run"] = run_before(arrays["run"], size - 1)
-    arrays["query"] = split_rows(query, size, num_tiles)
+        arrays["state_run"] = run_before(arrays["run"][:, :, -1], size - 1)
+    arrays["query"] = rows_by_steps(query, size, count, num_steps)
     rows = ops.expand_dims(ops.arange(reach, reach + size), -1)
-    causal = ops.expand_dims(rows >= ops.arange(reach + size), (0, 1))
+    causal = rows >= ops.arange(reach + size)
 
     def step(carry, xs, weights):
         tile = dict(zip(arrays, xs, strict=True))
+        # A single token sees its window exactly: what has left it is in the state.
+        keys = None if sees_all or is_one(length) else _features(tile, feature_map, weights)
         reads = []
         if not sees_all:
+            edges = None if runs is None else ops.expand_dims(tile["state_run"], -1)
+            if single:  # its keys are taken up behind the walk
+                before = tuple(ops.expand_dims(x, 2) for x in carry)
+            else:
+                leaving = _part(tile, 0, size)
+                phi, log_scale = (part(x, 3, 0, size) for x in keys)
+                if runs is not None:
+                    edges = run_edges(leaving["run"], tile["state_run"])
+                far = _far(leaving, near, log_scale)
+                before, carry = sums_before(carry, phi, *far, leaving.get("run"), edges)
             gate = None
             if runs is not None:
-                gate = reads_run(tile["run"][:, reach:], tile["state_run"], num_groups)
-            reads = [(*carry, gate)]
-        # A single token sees its window exactly: what has left it is in the state.
-        pairs = not (sees_all or is_one(length))
-        output, keys = _attend_tile(
-            tile, feature_map, weights, near, num_groups, slice(reach, None), causal, reads, pairs
+                gate = reads_run(tile["run"][:, :, reach:], edges[:, :count], num_groups)
+            reads = [(*before, gate)]
+        queries = slice(reach, None)
+        output = _attend_tiles(
+            tile, feature_map, weights, near, num_groups, queries, causal, reads, keys
         )
-        if not sees_all:
-            keys = None if keys is None else [part(x, 2, 0, size) for x in keys]
-            leaving, carried = _part(tile, 0, size), tile.get("state_run")
-            carry = _take_up(carry, leaving, feature_map, weights, near, keys, carried, -1)
         return carry, (output,)
 
     carry, (output,) = scan(
@@ -122,13 +136,16 @@ def _causal(query, key, value, feature_map, operands, key_mask, runs, state, nea
         operands,
         output_shapes=[(*ops.shape(arrays["query"])[1:-1], value.shape[-1])],
     )
-    if near.stays is not None and reach:
-        # The last slots were no tile's to take up, and may have left the window all the same.
-        last = {name: x[-1] for name, x in arrays.items()}
-        carried = None if runs is None else last["run"][:, size - 1]
-        rest = _part(last, size, reach)
-        carry = _take_up(carry, rest, feature_map, operands, near, None, carried, -1)
-    return join_rows(output, query, size), as_state(carry)
+    if near.stays is not None:
+        # No tile took up the last slots, which may have left the window all the same.
+        last = {name: x[-1] for name, x in tiles.items()}
+        start = 0 if single else size
+        carried = None
+        if runs is not None:
+            carried = ops.zeros_like(last["run"][:, 0]) if single else last["run"][:, size - 1]
+        rest = _part(_by_steps(last, None), start, size + reach - start)
+        carry = _take_up(carry, rest, feature_map, operands, near, carried, -1)
+    return rows_of_steps(output, query, size), as_state(carry)
 
 
 def _bidirectional(query, key, value, feature_map, operands, key_mask, runs, state, near):
@@ -138,9 +155,9 @@ def _bidirectional(query, key, value, feature_map, operands, key_mask, runs, sta
     size, num_tiles = _plan(length, beside)
     reach = 0 if is_one(num_tiles) else beside
     sees_all = _sees_all_exactly(length, near)
-    arrays = _tiles(key, value, key_mask, runs, near, size, num_tiles, reach, reach)
+    arrays = _by_steps(_tiles(key, value, key_mask, runs, near, size, num_tiles, reach, reach), 1)
     if runs is not None:
-        run = arrays["run"]
+        run = arrays["run"][:, :, 0]
         arrays["before"] = run_before(run, size - 1)
         arrays["after"] = ops.concatenate([run[1:, :, -size], run[-1:, :, -1]], axis=0)
     initial = initial_carry(state, key, value, feature_map)
@@ -154,7 +171,7 @@ def _bidirectional(query, key, value, feature_map, operands, key_mask, runs, sta
             def step(carry, xs, weights):
                 tile = dict(zip(names, xs, strict=True))
                 keys, carried = _part(tile, start, size), tile.get(side)
-                return _take_up(carry, keys, feature_map, weights, near, None, carried, edge)
+                return _take_up(carry, keys, feature_map, weights, near, carried, edge)
 
             return step
 
@@ -166,8 +183,8 @@ def _bidirectional(query, key, value, feature_map, operands, key_mask, runs, sta
     elif state is not None:
         sums, scale = (ops.expand_dims(x, 0) for x in initial)
         states = {"before_sums": sums, "before_scale": scale}
-    arrays = {**arrays, **states, "query": split_rows(query, size, num_tiles)}
-    everything = ops.ones((1, 1, 1, 1), "bool")
+    arrays = {**arrays, **states, "query": rows_by_steps(query, size, 1, num_tiles)}
+    everything = ops.ones((1, 1), "bool")
 
     def step(carry, xs, weights):
         tile = dict(zip(arrays, xs, strict=True))
@@ -177,10 +194,13 @@ def _bidirectional(query, key, value, feature_map, operands, key_mask, runs, sta
                 continue
             gate = None
             if runs is not None:
-                gate = reads_run(tile["run"][:, queries], tile[side], num_groups)
-            reads.append((tile[f"{side}_sums"], tile[f"{side}_scale"], gate))
-        output, _ = _attend_tile(
-            tile, feature_map, weights, near, num_groups, queries, everything, reads, not sees_all
+                run = ops.expand_dims(tile[side], -1)
+                gate = reads_run(tile["run"][:, :, queries], run, num_groups)
+            read = (ops.expand_dims(tile[f"{side}_{what}"], 2) for what in ("sums", "scale"))
+            reads.append((*read, gate))
+        keys = None if sees_all else _features(tile, feature_map, weights)
+        output = _attend_tiles(
+            tile, feature_map, weights, near, num_groups, queries, everything, reads, keys
         )
         return carry, (output,)
 
@@ -191,47 +211,45 @@ def _bidirectional(query, key, value, feature_map, operands, key_mask, runs, sta
         operands,
         output_shapes=[(*ops.shape(arrays["query"])[1:-1], value.shape[-1])],
     )
-    return join_rows(output, query, size), {}
+    return rows_of_steps(output, query, size), {}
 
 
-def _attend_tile(
-    tile, feature_map, operands, near, num_groups, queries, order, reads, pairs
-) -> tuple[Any, Any]:
-    """The output of a tile's queries, and the features of its keys if `pairs` needed them.
+def _attend_tiles(
+    tile, feature_map, operands, near, num_groups, queries, order, reads, keys
+) -> Any:
+    """The output (B, K, E, R, V) of a step's queries.
 
-    `queries` are their slots among the tile's, `order` (1, 1, C, L) what they may see by their
-    order, and each read is (sums, log scale, boolean gate (B, 1, R, 1) or None).
+    `queries` are their slots in a tile, `order` (C or 1, L or 1) what they may see by their order,
+    each read is (sums, log scale, boolean gate (B, 1, E, R, 1) or None), and `keys` are features
+    and log scale of a tile's keys, or None if every pair is exact.
     """
     query, key, value, position = (tile[n] for n in ("query", "key", "value", "position"))
-    visible = ops.logical_and(order, ops.expand_dims(tile["mask"], 2))
+    visible = ops.logical_and(order, ops.expand_dims(tile["mask"], -2))
     if "run" in tile:
-        visible = ops.logical_and(visible, same_run(tile["run"][:, queries], tile["run"]))
-    exact = near.is_exact(position[:, queries], position)
+        visible = ops.logical_and(visible, same_run(tile["run"][:, :, queries], tile["run"]))
+    exact = near.is_exact(position[:, :, queries], position)
     near_pairs = tile_rows(ops.logical_and(visible, exact), num_groups)
     near_key, near_value = key, value
     if "sink_key" in tile:
-        sees_sinks = ops.expand_dims(tile["sink_mask"], 2)
+        sees_sinks = ops.expand_dims(tile["sink_mask"], -2)
         if "run" in tile:
-            first = tile["run"][:, :1]
-            sees_sinks = ops.logical_and(sees_sinks, same_run(tile["run"][:, queries], first))
+            first = tile["run"][:, :, :1]
+            sees_sinks = ops.logical_and(sees_sinks, same_run(tile["run"][:, :, queries], first))
         sees_sinks = ops.broadcast_to(
             tile_rows(sees_sinks, 1 if "run" not in tile else num_groups),
-            (*ops.shape(near_pairs)[:3], near.num_sinks),
+            (*ops.shape(near_pairs)[:4], near.num_sinks),
         )
         near_pairs = ops.concatenate([near_pairs, sees_sinks], axis=-1)
-        near_key = ops.concatenate([key, tile["sink_key"]], axis=2)
-        near_value = ops.concatenate([value, tile["sink_value"]], axis=2)
+        near_key = ops.concatenate([key, tile["sink_key"]], axis=3)
+        near_value = ops.concatenate([value, tile["sink_value"]], axis=3)
     logits = ops.matmul(query * query.shape[-1] ** -0.5, ops.swapaxes(near_key, -1, -2))
     logits = hide(logits, near_pairs)
     row_max = ops.maximum(ops.max(logits, axis=-1, keepdims=True), LOG_ZERO / 2)
-    keys: Any = None
     phi_q = log_q = far = None
     scales = []
-    if pairs or reads:
+    if keys or reads:
         phi_q, log_q = features(feature_map, query, operands, is_query=True)
-    if pairs:
-        mask = ops.expand_dims(tile["mask"], -1)
-        keys = key_features(feature_map, key, operands, mask)
+    if keys:
         far = ops.logical_and(visible, ops.logical_not(exact))
         far = hide(log_q + ops.swapaxes(keys[1], -1, -2), tile_rows(far, num_groups))
         row_max = ops.maximum(row_max, ops.max(far, axis=-1, keepdims=True))
@@ -241,37 +259,60 @@ def _attend_tile(
         row_max = ops.maximum(row_max, scales[-1])
     row_max = ops.stop_gradient(row_max)
     total = ops.matmul(exp(logits - row_max), near_value)
-    if far is not None:
+    if keys:
         scores = ops.matmul(phi_q, ops.swapaxes(keys[0], -1, -2))
         total = total + ops.matmul(scores * exp(far - row_max), value)
     for (sums, _, _), scale in zip(reads, scales, strict=True):
         total = total + exp(scale - row_max) * ops.matmul(phi_q, sums)
-    return normalize(total), keys
+    return normalize(total)
 
 
-def _take_up(carry, tile, feature_map, operands, near, keys, carried_run, edge):
-    """Add to the sums the keys that no query behind them sees exactly.
+def _features(tile, feature_map, operands):
+    """Features and log scale of a tile's keys."""
+    mask = ops.expand_dims(tile["mask"], -1)
+    return key_features(feature_map, tile["key"], operands, mask)
 
-    `keys` are their features if they are known. With segments the sums become those of the run at
-    the slot `edge`, after those of `carried_run`.
-    """
+
+def _far(tile, near, log_scale):
+    """Values and log scales of the keys that no query behind them sees exactly."""
     value = tile["value"]
-    if keys is None:
-        mask = ops.expand_dims(tile["mask"], -1)
-        keys = key_features(feature_map, tile["key"], operands, mask)
-    phi, log_scale = keys
     left_out = near.is_sink(tile["position"]) if near.num_sinks else None
     if "stays" in tile:
         stays = tile["stays"]
         left_out = stays if left_out is None else ops.logical_or(left_out, stays)
     if left_out is not None:
-        left_out = ops.expand_dims(left_out, (1, 3))
+        left_out = ops.expand_dims(left_out, (1, -1))
         value = ops.where(left_out, 0.0, value)
         log_scale = ops.where(left_out, LOG_ZERO, log_scale)
+    return value, log_scale
+
+
+def _take_up(carry, tile, feature_map, operands, near, carried_run, edge):
+    """Add to the sums those keys of a single tile.
+
+    With segments the sums become those of the run at the slot `edge`, after those of `carried_run`.
+    """
+    phi, log_scale = _features(tile, feature_map, operands)
+    value, log_scale = _far(tile, near, log_scale)
+    phi, value, log_scale = (ops.squeeze(x, 2) for x in (phi, value, log_scale))
     if carried_run is not None:
-        run = tile["run"]
+        run = ops.squeeze(tile["run"], 1)
         carry, value, log_scale = keep_run(carry, value, log_scale, run, carried_run, run[:, edge])
     return absorb(carry, value, phi, log_scale)
+
+
+def _plan_causal(query, feature_map, near):
+    """Tokens a tile, tiles a step and number of steps."""
+    batch, num_heads, num_groups, length, _ = ops.shape(query)
+    reach = 2 * near.window
+    size = max(_SMALLEST_CAUSAL_TILE, reach)
+    if isinstance(length, int) and length <= size:
+        return length, 1, 1
+    columns = max(size + reach, feature_map.feature_dim)
+    most = most_chunks(batch * num_heads * num_groups * size * columns)
+    num_tiles = -(-length // size)
+    num_steps = -(-num_tiles // most)
+    return size, most if not isinstance(length, int) else -(-num_tiles // num_steps), num_steps
 
 
 def _plan(length, beside):
@@ -317,17 +358,31 @@ def _tiles(key, value, key_mask, runs, near, size, num_tiles, before, after):
     # Before a single tile lies only what a state remembers.
     if near.num_sinks and not (is_one(num_tiles) and near.sinks is None):
         slots = ops.expand_dims(ops.arange(num_tiles, dtype="int32") * size - lead, 0)
-        slots = ops.maximum(slots, 0)
+        slots = ops.clip(slots, 0, ops.shape(near.positions)[1] - 1)
         sink_key, sink_value, sink_mask = sinks_before(near, key, value, key_mask, slots)
         sink_value = with_ones(sink_value, sink_mask)
         arrays |= {"sink_key": sink_key, "sink_value": sink_value, "sink_mask": sink_mask}
     return arrays
 
 
+def _by_steps(tiles, count):
+    """Give tiles an axis of E = `count` tiles a step, behind the heads; None: they are one tile."""
+
+    def by_steps(name, x):
+        axis = 1 if name in _WITHOUT_HEADS else 2
+        if count is None:
+            return ops.expand_dims(x, axis)
+        shape = ops.shape(x)
+        x = ops.reshape(x, (shape[0] // count, count, *shape[1:]))
+        return ops.moveaxis(x, 1, axis + 1)
+
+    return {name: by_steps(name, x) for name, x in tiles.items()}
+
+
 def _part(tile, start, length):
-    """Some slots of a tile's keys."""
-    found = {name: part(tile[name], 2, start, length) for name in ("key", "value", "mask")}
-    for name in ("position", "stays", "run"):
+    """Some slots of tiles' keys."""
+    found = {name: part(tile[name], 3, start, length) for name in ("key", "value", "mask")}
+    for name in _WITHOUT_HEADS:
         if name in tile:
-            found[name] = part(tile[name], 1, start, length)
+            found[name] = part(tile[name], 2, start, length)
     return found
