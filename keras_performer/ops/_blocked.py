@@ -38,6 +38,7 @@ from keras_performer.ops._sums import (
     initial_carry,
     key_features,
     no_carry,
+    side_by_side,
     sums_before,
     sums_of_chunks,
 )
@@ -145,8 +146,7 @@ def attend(
         else:
             keys = _block_features(tile, feature_map, weights, window, size + 2)
             outer = [(tile[f"{side}_sums"], tile[f"{side}_scale"]) for side in sides]
-            read, scale = combine(outer, sums_of_chunks(*keys), seen)
-            scale = ops.expand_dims(scale, (-1, -2))
+            read, scale = combine(*side_by_side(outer, sums_of_chunks(*keys)), seen)
         scale = log_q + scale
         row_max = ops.stop_gradient(ops.maximum(row_max, scale))
         total = _weigh(logits, near_values, row_max)

@@ -13,7 +13,7 @@ of at least exp(-70), and a quotient by it and its gradient stay within float32,
 
 from keras import ops
 
-from keras_performer.ops._chunks import LOG_ZERO, dtype_of, exp, hide, part, same_run
+from keras_performer.ops._chunks import LOG_ZERO, dtype_of, exp, hide, same_run
 
 # A feature over the smallest denominator is exp(70) then, and a sum of 1e7 of these a float32.
 _RANGE = 70.0
@@ -104,27 +104,34 @@ def sums_of_chunks(phi, value, log_scale):
     return ops.matmul(ops.swapaxes(phi, -1, -2), value), scale
 
 
-def combine(outer, own, seen):
-    """Weigh sums by which of them are `seen`, booleans (..., rows, outer + E).
+def side_by_side(outer, own):
+    """Give sums and log scales one axis of n = outer + E.
 
     Args:
         outer: Pairs of sums (B, K, M, V+1) and log scale (B, K, 1, 1).
         own: Sums (B, K, E, M, V+1) and log scales (B, K, E, 1).
-        seen: Which of these each row adds up.
 
     Returns:
-        Sums (B, K, rows, M, V+1) and log scales (B, K, rows).
+        Sums (B, K, n, M, V+1) and log scales (B, K, n).
     """
     sums = [*(ops.expand_dims(s, 2) for s, _ in outer), own[0]]
     scales = [*(ops.squeeze(s, -1) for _, s in outer), ops.squeeze(own[1], -1)]
-    sums, scales = ops.concatenate(sums, axis=2), ops.concatenate(scales, axis=-1)
+    return ops.concatenate(sums, axis=2), ops.concatenate(scales, axis=-1)
+
+
+def combine(sums, scales, seen):
+    """For each row add up the sums that it has `seen`, booleans (..., rows, n).
+
+    Returns:
+        Sums (B, K, rows, M, V+1) and log scales (B, K, rows, 1, 1).
+    """
     scales = ops.where(seen, ops.expand_dims(scales, 2), LOG_ZERO)
-    largest = ops.max(scales, axis=-1)
-    factors = exp(scales - ops.expand_dims(largest, -1))
+    largest = ops.max(scales, axis=-1, keepdims=True)
     batch, num_heads, count, num_features, width = ops.shape(sums)
     flat = ops.reshape(sums, (batch, num_heads, count, num_features * width))
-    combined = ops.matmul(factors, flat)
-    return ops.reshape(combined, (batch, num_heads, -1, num_features, width)), largest
+    combined = ops.matmul(exp(scales - largest), flat)
+    combined = ops.reshape(combined, (batch, num_heads, -1, num_features, width))
+    return combined, ops.expand_dims(largest, -1)
 
 
 def sums_before(carry, phi, value, log_scale, run=None, edges=None):
@@ -150,10 +157,10 @@ def sums_before(carry, phi, value, log_scale, run=None, edges=None):
     if edges is not None:
         seen = ops.logical_and(seen, same_run(edges, edges))
         value, log_scale = keep_keys(value, log_scale, run, edges[:, 1:])
-    sums, scales = combine([carry], sums_of_chunks(phi, value, log_scale), seen)
-    before = part(sums, 2, 0, count), ops.expand_dims(part(scales, 2, 0, count), (-1, -2))
-    after = ops.squeeze(part(sums, 2, count, 1), 2), ops.expand_dims(part(scales, 2, count, 1), -1)
-    return before, after
+    sums = side_by_side([carry], sums_of_chunks(phi, value, log_scale))
+    # Two products: slices of a large one would be copied, forwards and backwards.
+    after = combine(*sums, seen[..., count:, :])
+    return combine(*sums, seen[..., :count, :]), tuple(ops.squeeze(x, 2) for x in after)
 
 
 def run_edges(run, carried_run):
