@@ -24,14 +24,13 @@ from rich.table import Table
 
 from keras_performer.feature_maps import FavorPlus
 from keras_performer.ops import favor_attention
-from keras_performer.ops._chunked import CHUNK
 from training.benchmarks.timing import interleaved, machine_rates, make_workload
 from training.results import peak_bytes
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-HEADS, HEAD_DIM = 8, 64
+HEADS, HEAD_DIM, CHUNK = 8, 64, 64  # the last: tokens whose pairs are formed
 PARTS = ("forward", "forward_backward")
 Function = Callable[..., Any]
 
