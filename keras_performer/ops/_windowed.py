@@ -106,10 +106,10 @@ def _causal(query, key, value, feature_map, operands, key_mask, runs, state, nea
     def step(carry, xs, weights):
         tile = dict(zip(arrays, xs, strict=True))
         # A single token sees its window exactly: what has left it is in the state.
-        keys = None if sees_all or is_one(length) else _features(tile, feature_map, weights)
+        keys: Any = None if sees_all or is_one(length) else _features(tile, feature_map, weights)
         reads = []
         if not sees_all:
-            edges = None if runs is None else ops.expand_dims(tile["state_run"], -1)
+            edges: Any = None if runs is None else ops.expand_dims(tile["state_run"], -1)
             if single:  # its keys are taken up behind the walk
                 before = tuple(ops.expand_dims(x, 2) for x in carry)
             else:
