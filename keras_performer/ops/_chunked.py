@@ -217,7 +217,8 @@ def _plan_causal(query, feature_map):
     """Tokens a chunk, chunks a step and number of steps, static or not."""
     batch, num_heads, num_groups, length, _ = ops.shape(query)
     most = most_chunks(batch * num_heads * num_groups * CHUNK * feature_map.feature_dim)
-    num_steps = -(-length // (CHUNK * most))
+    largest = CHUNK * most
+    num_steps = (length + largest - 1) // largest  # a converter may round a negative one up
     if not isinstance(length, int):
         return CHUNK, most, num_steps
     count = -(-length // (CHUNK * num_steps))

@@ -130,7 +130,8 @@ def combine(sums, scales, seen):
     batch, num_heads, count, num_features, width = ops.shape(sums)
     flat = ops.reshape(sums, (batch, num_heads, count, num_features * width))
     combined = ops.matmul(exp(scales - largest), flat)
-    combined = ops.reshape(combined, (batch, num_heads, -1, num_features, width))
+    rows = seen.shape[-2]  # static, where the product does not say so
+    combined = ops.reshape(combined, (batch, num_heads, rows, num_features, width))
     return combined, ops.expand_dims(largest, -1)
 
 

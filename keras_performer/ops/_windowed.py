@@ -310,9 +310,10 @@ def _plan_causal(query, feature_map, near):
         return length, 1, 1
     columns = max(size + reach, feature_map.feature_dim)
     most = most_chunks(batch * num_heads * num_groups * size * columns)
-    num_tiles = -(-length // size)
-    num_steps = -(-num_tiles // most)
-    return size, most if not isinstance(length, int) else -(-num_tiles // num_steps), num_steps
+    num_steps = (length + size * most - 1) // (size * most)
+    if not isinstance(length, int):
+        return size, most, num_steps
+    return size, -(-length // (size * num_steps)), num_steps
 
 
 def _plan(length, beside):
