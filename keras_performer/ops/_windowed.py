@@ -138,12 +138,11 @@ def _causal(query, key, value, feature_map, operands, key_mask, runs, state, nea
     )
     if near.stays is not None:
         # No tile took up the last slots, which may have left the window all the same.
-        last = {name: x[-1] for name, x in tiles.items()}
-        start = 0 if single else size
-        carried = None
+        last = _by_steps({name: x[-1:] for name, x in tiles.items()}, 1)
+        start, carried = (0 if single else size), None
         if runs is not None:
-            carried = ops.zeros_like(last["run"][:, 0]) if single else last["run"][:, size - 1]
-        rest = _part(_by_steps(last, None), start, size + reach - start)
+            carried = arrays["state_run"][0] if single else last["run"][0, :, 0, size - 1]
+        rest = _part({name: x[0] for name, x in last.items()}, start, size + reach - start)
         carry = _take_up(carry, rest, feature_map, operands, near, carried, -1)
     return rows_of_steps(output, query, size), as_state(carry)
 
@@ -367,12 +366,10 @@ def _tiles(key, value, key_mask, runs, near, size, num_tiles, before, after):
 
 
 def _by_steps(tiles, count):
-    """Give tiles an axis of E = `count` tiles a step, behind the heads; None: they are one tile."""
+    """Give tiles an axis of E = `count` tiles a step, behind the heads."""
 
     def by_steps(name, x):
         axis = 1 if name in _WITHOUT_HEADS else 2
-        if count is None:
-            return ops.expand_dims(x, axis)
         shape = ops.shape(x)
         x = ops.reshape(x, (shape[0] // count, count, *shape[1:]))
         return ops.moveaxis(x, 1, axis + 1)
