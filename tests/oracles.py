@@ -161,6 +161,7 @@ def windowed_attention_loop(
     window: int,
     num_sinks: int = 0,
     *,
+    far_bias: Array | None = None,
     causal: bool = False,
     key_mask: Array | None = None,
     segment_ids: Array | None = None,
@@ -169,8 +170,8 @@ def windowed_attention_loop(
 
     A token's block is the number of tokens since its sequence's first unmasked one, divided by
     `window` and rounded down; keys of the same and of neighbouring blocks are near, and so are the
-    first `num_sinks` keys of a sequence. Arguments otherwise as in `kernel_attention_loop`, with
-    query and key (B, T, N, H).
+    first `num_sinks` keys of a sequence. The others weigh exp(far_bias) (N,) times as much.
+    Arguments otherwise as in `kernel_attention_loop`, with query and key (B, T, N, H).
     """
     query, key = np.asarray(query, np.float64), np.asarray(key, np.float64)
     batch, length = query.shape[:2]
@@ -187,7 +188,8 @@ def windowed_attention_loop(
             return float(np.dot(query[b, t, n], key[b, s, n])) / query.shape[3] ** 0.5
         exponents = phi_log_q[b, t, n] + phi_log_k[b, s, n]
         largest = np.max(exponents)
-        return float(largest + np.log(np.sum(np.exp(exponents - largest))))
+        bias = 0.0 if far_bias is None else float(far_bias[n])
+        return bias + float(largest + np.log(np.sum(np.exp(exponents - largest))))
 
     visible = _visibility(query, key, causal, key_mask, segment_ids)
     return _average(query.shape[:3], value, visible, log_weight, heads_per_value=1)

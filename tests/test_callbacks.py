@@ -89,11 +89,13 @@ def health_loop(query, key, phi_q, phi_k, **options):
     def row(b, t, n, seen):
         q, j = query[b, t, n], n // group
         kernel = {s: math.exp(q @ key[b, s, j] / head_dim**0.5) for s in seen}
-        weight = {s: kernel[s] / sum(kernel.values()) for s in seen}
         estimate = {s: phi_q[b, t, n] @ phi_k[b, s, j] for s in seen}
         near = [s for s in seen if self_attention and is_near(b, t, s)]
         far = [s for s in seen if s not in near] if width else seen
-        score = {s: estimate[s] if s in far else kernel[s] for s in seen}
+        factor = math.exp(options["far_bias"][j]) if "far_bias" in options else 1.0
+        target = {s: kernel[s] * factor if s in far else kernel[s] for s in seen}
+        weight = {s: target[s] / sum(target.values()) for s in seen}
+        score = {s: estimate[s] * factor if s in far else kernel[s] for s in seen}
         carried = [
             phi_q[b, t, n, i] * sum(phi_k[b, s, j, i] for s in far) for i in range(phi_q.shape[3])
         ]
@@ -158,7 +160,7 @@ SEGMENTS = np.repeat([[5, 7, 5], [1, 1, 2]], [4, 7, 6], axis=1)
         {"key_mask": left_padding()},
         {"key_mask": per_head_mask(), "exact_window": 3},
         {"segment_ids": SEGMENTS},
-        {"exact_window": 2},
+        {"exact_window": 2, "far_bias": np.array([-1.0, 0.5, 0.0])},
         {"exact_window": 2, "num_sink_tokens": 3, "key_mask": left_padding()},
         {"exact_window": 2, "segment_ids": SEGMENTS, "key_mask": left_padding()},
     ],
@@ -661,7 +663,13 @@ def test_the_history_holds_the_figures_of_each_layer_and_head():
 @pytest.mark.slow_on_jax
 def test_masks_windows_and_segments_of_the_layer_count():
     layer = PerformerAttention(
-        4, 6, num_features=FEATURES, qk_norm=True, exact_window=2, num_sink_tokens=1
+        4,
+        6,
+        num_features=FEATURES,
+        qk_norm=True,
+        exact_window=2,
+        num_sink_tokens=1,
+        far_bias=-1.0,
     )
     inputs = [keras.Input((LENGTH, WIDTH))]
     inputs += [keras.Input((LENGTH,), dtype="int32") for _ in range(2)]
@@ -677,6 +685,7 @@ def test_masks_windows_and_segments_of_the_layer_count():
     query, key = to_numpy(records[0].query), to_numpy(records[0].key)
     phi = [favor_features(layer.feature_map, t) for t in (query, key)]
     options = {"exact_window": 2, "num_sink_tokens": 1, "causal": True, "key_mask": x[1]}
+    options["far_bias"] = np.full(4, -1.0)
     expected = health_loop(query, key, *phi, segment_ids=SEGMENTS, **options)
     for head, entry in enumerate(callback.history):
         for name in expected:

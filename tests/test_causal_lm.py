@@ -21,7 +21,7 @@ from keras_performer.models import (
 BACKEND = keras.config.backend()
 KINDS = {
     "performer": {},
-    "exact_window": {"exact_window": 3, "num_sink_tokens": 2},
+    "exact_window": {"exact_window": 3, "num_sink_tokens": 2, "far_bias": -1.0},
     "relu": {"feature_map": "relu"},
     "learned": {"position_embedding": "learned", "max_sequence_length": 30},
     "softmax": {"attention": "softmax"},

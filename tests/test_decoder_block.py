@@ -12,7 +12,7 @@ from keras_performer.layers import PerformerDecoderBlock, PerformerEncoderBlock
 
 KINDS = {
     "performer": {},
-    "exact_window": {"exact_window": 2, "num_sink_tokens": 1},
+    "exact_window": {"exact_window": 2, "num_sink_tokens": 1, "far_bias": -1.0},
     "softmax": {"attention": "softmax"},
     "sliding_window": {"attention": "sliding_window", "sliding_window": 4},
 }

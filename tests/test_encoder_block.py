@@ -33,6 +33,7 @@ NON_DEFAULT = {
     "sliding_window": 5,
     "exact_window": 4,
     "num_sink_tokens": 1,
+    "far_bias": -1.5,
     "remat": True,
     "seed": 3,
 }

@@ -43,6 +43,8 @@ FAST = [
     for name in implementations(4, segmented)
     if name != "reference"
 ]
+# One for each key head.
+FAR_BIAS = np.linspace(-2.0, 1.0, KEY_HEADS, dtype="float32")
 # Where time is short the causal pass, which also carries runs, stands for both.
 NOT_CAUSAL = pytest.param(False, marks=pytest.mark.slow_on_jax)
 # (length, window): one tile, several, a window as long as the sequence, an odd one.
@@ -115,6 +117,7 @@ def test_equals_a_float64_loop_over_pairs(implementation, causal, masked, segmen
         causal=causal,
         exact_window=window,
         num_sink_tokens=2,
+        far_bias=FAR_BIAS,
         implementation=implementation,
         **options,
     )
@@ -122,7 +125,15 @@ def test_equals_a_float64_loop_over_pairs(implementation, causal, masked, segmen
     key, value = (np.repeat(x, groups, axis=2) for x in (key, value))
     logs = [oracles.favor_log_features(x, to_numpy(fm.projection)) for x in (query, key)]
     expected = oracles.windowed_attention_loop(
-        query, key, value, *logs, window, 2, causal=causal, **options
+        query,
+        key,
+        value,
+        *logs,
+        window,
+        2,
+        far_bias=np.repeat(FAR_BIAS, groups),
+        causal=causal,
+        **options,
     )
     assert_close(unmasked(output, options), unmasked(expected, options))
 
@@ -135,6 +146,7 @@ def test_equals_the_reference(implementation, causal, masked, segmented, length,
     query, key, value = make_qkv(length)
     options = {"causal": causal, "exact_window": window, "num_sink_tokens": 3}
     options |= make_options(length, masked, segmented)
+    options["far_bias"] = FAR_BIAS
     fm = feature_map()
     expected = attend(query, key, value, fm, implementation="reference", **options)
     actual = attend(query, key, value, fm, implementation=implementation, **options)
@@ -207,6 +219,36 @@ def test_gradients_through_a_state_equal_the_reference(causal):
     _, actual = gradients(loss("auto"), query, key, value)
     assert_gradients_close(actual, expected)
     assert np.abs(actual[1][:, :first]).max() > 1e-2
+
+
+@pytest.mark.parametrize("causal", [NOT_CAUSAL, True])
+def test_the_far_bias_has_a_gradient(causal):
+    length = 150
+    query, key, value = make_qkv(length)
+    fm, direction = feature_map(), make_direction(length)
+    fm.build(key.shape)
+
+    def loss(implementation):
+        def fn(far_bias):
+            output = favor_attention(
+                query,
+                key,
+                value,
+                fm,
+                causal=causal,
+                exact_window=16,
+                far_bias=far_bias,
+                implementation=implementation,
+            )
+            return ops.sum(ops.multiply(output, direction))
+
+        return fn
+
+    _, (expected,) = gradients(loss("reference"), FAR_BIAS)
+    assert np.abs(expected).min() > 1e-2
+    for implementation in set(NEAR) - {"reference"}:
+        _, (actual,) = gradients(loss(implementation), FAR_BIAS)
+        assert_gradients_close([actual], [expected])
 
 
 # Laws.
@@ -401,6 +443,7 @@ def test_split_and_resume_equals_one_call(implementation, segmented, splits):
         "return_state": True,
         "exact_window": window,
         "num_sink_tokens": 3,
+        "far_bias": FAR_BIAS,
     }
     expected, last = attend(query, key, value, fm, **common, **options)
     if segmented:
@@ -517,7 +560,7 @@ def test_an_empty_state_is_none():
 @pytest.mark.parametrize("causal", [False, True])
 def test_weights_reproduce_the_output(causal):
     query, key, value = make_qkv(30)
-    options = {"causal": causal, "exact_window": 4, "num_sink_tokens": 2}
+    options = {"causal": causal, "exact_window": 4, "num_sink_tokens": 2, "far_bias": FAR_BIAS}
     fm, mask = feature_map(), make_mask(30)
     weights = to_numpy(favor_attention_weights(query, key, fm, key_mask=mask, **options))
     output = to_numpy(attend(query, key, value, fm, key_mask=mask, **options))
@@ -535,6 +578,10 @@ def test_what_has_no_near_field_is_refused():
         favor_attention(query, key[:, :5], value[:, :5], fm, exact_window=4)
     with pytest.raises(ValueError, match="needs an exact_window"):
         favor_attention(query, key, value, fm, num_sink_tokens=2)
+    with pytest.raises(ValueError, match="without one it would cancel"):
+        favor_attention(query, key, value, fm, far_bias=FAR_BIAS)
+    with pytest.raises(ValueError, match=f"one number for each of the {KEY_HEADS} key heads"):
+        favor_attention(query, key, value, fm, exact_window=4, far_bias=np.zeros(KEY_HEADS + 1))
     for bad in (-1, 2.5, "4"):
         with pytest.raises(ValueError, match="exact_window must be None or an integer"):
             favor_attention(query, key, value, fm, exact_window=bad)

@@ -200,7 +200,7 @@ def test_prefill_and_step_generate_what_the_model_generates(format, generator):
     "options",
     [
         {"attention": "sliding_window", "sliding_window": 5},
-        {"exact_window": 3, "num_sink_tokens": 2},
+        {"exact_window": 3, "num_sink_tokens": 2, "far_bias": -1.0},
     ],
     ids=["sliding_window", "exact_window"],
 )

@@ -45,6 +45,7 @@ NON_DEFAULT = {
     "sliding_window": 9,
     "exact_window": 6,
     "num_sink_tokens": 2,
+    "far_bias": -1.5,
     "tie_weights": False,
     "remat": False,
     "reversible": True,

@@ -780,6 +780,7 @@ NON_DEFAULT = {
     "feature_map": FavorPlus(22, hyperbolic=True, seed=4),
     "exact_window": 5,
     "num_sink_tokens": 2,
+    "far_bias": -1.5,
     "num_key_value_heads": 2,
     "qk_norm": True,
     "rotary_max_wavelength": 500.0,
@@ -796,7 +797,7 @@ def test_every_argument_is_in_the_config():
 @pytest.mark.parametrize("name", NON_DEFAULT)
 def test_config_round_trip(name):
     required = {"num_heads": 4, "key_dim": 6, "seed": 1}
-    if name == "num_sink_tokens":
+    if name in ("num_sink_tokens", "far_bias"):
         required["exact_window"] = 3
     layer = PerformerAttention(**{**required, name: NON_DEFAULT[name]})
     config = json.loads(json.dumps(layer.get_config()))

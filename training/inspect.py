@@ -310,8 +310,7 @@ def attention_maps(record: Any, num_blocks: int) -> tuple[np.ndarray, np.ndarray
     }
     exact = softmax_attention(query, key, value, **options)
     if layer.feature_map is not None:
-        near = {"exact_window": layer.exact_window, "num_sink_tokens": layer.num_sink_tokens}
-        own = favor_attention(query, key, value, layer.feature_map, **options, **near)
+        own = favor_attention(query, key, value, layer.feature_map, **options, **layer.near_field())
     else:
         own = softmax_attention(query, key, value, sliding_window=layer.sliding_window, **options)
     average = (blocks / blocks.sum(0)).T

@@ -46,8 +46,8 @@ class ModelConfig:
     """Section `[model]`: the backbone, whose class checks what is not checked here.
 
     `attention` chooses between the Performer and its two baselines, which have the same other
-    weights. `num_features`, `feature_map`, `exact_window` and `num_sink_tokens` are read by
-    "performer" only, and `sliding_window` by "sliding_window" only; 0 stands for none.
+    weights. `num_features`, `feature_map`, `exact_window`, `num_sink_tokens` and `far_bias` are
+    read by "performer" only, and `sliding_window` by "sliding_window" only; 0 stands for none.
     """
 
     num_layers: int
@@ -60,6 +60,7 @@ class ModelConfig:
     feature_map: str = "favor_plus"
     exact_window: int = 0
     num_sink_tokens: int = 0
+    far_bias: float = 0.0
     sliding_window: int = 64
     qk_norm: bool = True
     gated: bool = False
@@ -74,6 +75,7 @@ class ModelConfig:
         """Return the arguments of a backbone's constructor."""
         arguments = dataclasses.asdict(self)
         arguments["exact_window"] = self.exact_window or None
+        arguments["far_bias"] = self.far_bias or None
         if self.attention != "sliding_window":
             arguments["sliding_window"] = None
         return arguments

@@ -43,8 +43,7 @@ def layer_health(record: AttentionRecord, max_tokens: int | None = None) -> dict
         causal=record.causal,
         key_mask=record.key_mask,
         segment_ids=record.segment_ids,
-        exact_window=layer.exact_window,
-        num_sink_tokens=layer.num_sink_tokens,
+        **layer.near_field(),
         max_tokens=max_tokens,
     )
 
@@ -59,13 +58,14 @@ def attention_health(
     segment_ids: Any = None,
     exact_window: int | None = None,
     num_sink_tokens: int = 0,
+    far_bias: Any = None,
     max_tokens: int | None = None,
 ) -> dict[str, np.ndarray]:
     """Compare attention through features with softmax attention, head by head.
 
     Each figure is a mean over the queries, of all sequences, that see a key. Let w_ts be the
     softmax weights, x' = x H^(-1/4), and "far" the pairs that are not in the exact window and
-    whose key is no sink token:
+    whose key is no sink token; with a `far_bias`, w_ts are those of scores that hold it:
 
     * `relative_variance`: sum_s w_ts (exp(|q'_t + k'_s|^2) - 1) / M over far s, the variance of
       an estimate over its square for `FavorPlus` with M independent rows, whose other options all
@@ -123,6 +123,7 @@ def attention_health(
     if not feature_map.built:
         feature_map.build(key.shape)
     tuning = _tuning(feature_map, num_key_heads)
+    biases = np.zeros(num_key_heads) if far_bias is None else _to_numpy(far_bias)
 
     found: list[list[dict[str, np.ndarray]]] = [[] for _ in range(num_heads)]
     for q, k, m, run in zip(query, key, mask, runs, strict=True):
@@ -149,6 +150,7 @@ def attention_health(
                 None if near is None else near[rows],
                 feature_map,
                 near_is_exact=bool(exact_window),
+                far_bias=float(biases[j]),
                 tuning=tuning[j],
             )
             found[n].append(figures)
@@ -176,6 +178,7 @@ def _compare(
     feature_map: FeatureMap,
     *,
     near_is_exact: bool,
+    far_bias: float,
     tuning: tuple[float, np.ndarray] | None,
 ) -> dict[str, np.ndarray]:
     """The figures of every query, (R,) each; `near` says which pairs are in the window, (R, S)."""
@@ -188,8 +191,9 @@ def _compare(
         phi_k, offset_k = _scaled(key_features, feature_map.log_space)
         log_kernel = q @ k.T * q.shape[-1] ** -0.5
         log_estimate = np.log(np.maximum(phi_q @ phi_k.T, 0.0)) + offset_q + offset_k.T
-        log_weights = _log_normalize(np.where(head.visible, log_kernel, -np.inf))
-        log_layer = np.where(far, log_estimate, log_kernel)
+        log_exact = log_kernel + np.where(far, far_bias, 0.0)
+        log_weights = _log_normalize(np.where(head.visible, log_exact, -np.inf))
+        log_layer = np.where(far, log_estimate + far_bias, log_kernel)
         log_layer = _log_normalize(np.where(head.visible, log_layer, -np.inf))
         weights = np.exp(log_weights)
         carried = phi_q * (far @ (phi_k * np.exp(offset_k - offset_k.max())))

@@ -161,7 +161,7 @@ class PerformerTransformerDecoder(TransformerBlock):
 
 def _without_positions(attention: dict[str, Any]) -> dict[str, Any]:
     """The options of cross-attention, in which nothing is near."""
-    near = ("exact_window", "num_sink_tokens", "sliding_window")
+    near = ("exact_window", "num_sink_tokens", "far_bias", "sliding_window")
     options = {name: value for name, value in attention.items() if name not in near}
     if attention.get("sliding_window") is not None:
         options |= {"feature_map": None, "num_features": None}

@@ -77,24 +77,32 @@ def dropout_rate(name: str, value: float) -> float:
     return value
 
 
-def check_near_field(exact_window: int | None, num_sink_tokens: int) -> None:
-    """Raise a ValueError unless there is a window where there are sinks.
+def check_near_field(
+    exact_window: int | None, num_sink_tokens: int, far_bias: float | None
+) -> None:
+    """Raise a ValueError unless there is a window where there are sinks or a bias.
 
     **Args**
         exact_window: An integer above zero, or None.
         num_sink_tokens: An integer of at least zero.
+        far_bias: A number, or None.
 
     **Raises** ValueError otherwise.
 
     **Example**
 
-    >>> check_near_field(64, 4)
+    >>> check_near_field(64, 4, None)
     """
     whole = isinstance(num_sink_tokens, numbers.Integral) and not isinstance(num_sink_tokens, bool)
     if not whole or num_sink_tokens < 0 or (num_sink_tokens and exact_window is None):
         raise ValueError(
             "`num_sink_tokens` must be an integer of at least 0, and needs an `exact_window`. "
             f"Received: num_sink_tokens={num_sink_tokens!r}, exact_window={exact_window}"
+        )
+    if far_bias is not None and (exact_window is None or not isinstance(far_bias, numbers.Real)):
+        raise ValueError(
+            "`far_bias` must be None or a number, and needs an `exact_window`: without one it "
+            f"would cancel. Received: far_bias={far_bias!r}, exact_window={exact_window}"
         )
 
 

@@ -40,6 +40,7 @@ class PerformerBlock(keras.layers.Layer):
         feature_map: Any = "favor_plus",
         exact_window: int | None = None,
         num_sink_tokens: int = 0,
+        far_bias: float | None = None,
         qk_norm: bool = True,
         rotary_max_wavelength: float | None = 10000,
         gated: bool = False,
@@ -78,8 +79,9 @@ class PerformerBlock(keras.layers.Layer):
             feature_map = keras.saving.serialize_keras_object(feature_map)
         self.feature_map = feature_map
         self.exact_window = optional_int("exact_window", exact_window)
-        check_near_field(exact_window, num_sink_tokens)
+        check_near_field(exact_window, num_sink_tokens, far_bias)
         self.num_sink_tokens = num_sink_tokens
+        self.far_bias = far_bias
         self.qk_norm = qk_norm
         self.rotary_max_wavelength = rotary_max_wavelength
         self.gated = gated
@@ -131,6 +133,7 @@ class PerformerBlock(keras.layers.Layer):
         if self.attention == "performer" and not crosses:
             near_field["exact_window"] = self.exact_window
             near_field["num_sink_tokens"] = self.num_sink_tokens
+            near_field["far_bias"] = self.far_bias
         attention = PerformerAttention(
             num_heads=self.num_heads,
             key_dim=split_width(
@@ -269,6 +272,7 @@ class PerformerBlock(keras.layers.Layer):
             "feature_map": self.feature_map,
             "exact_window": self.exact_window,
             "num_sink_tokens": self.num_sink_tokens,
+            "far_bias": self.far_bias,
             "qk_norm": self.qk_norm,
             "rotary_max_wavelength": self.rotary_max_wavelength,
             "gated": self.gated,

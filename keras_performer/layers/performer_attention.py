@@ -58,6 +58,10 @@ class PerformerAttention(keras.layers.Layer):
             features go a long way; it is for self-attention, and maps that estimate softmax.
         num_sink_tokens: Number of leading tokens that every query weighs exactly; needs an
             `exact_window`.
+        far_bias: Start of a learned bias for each key and value head, which is added to the scores
+            of keys beyond the `exact_window`, which it needs. In a long sequence these are so many
+            that without it a model from scratch starts by averaging them: -4 lets it start from
+            its window. None is no bias.
         num_key_value_heads: Number K of key and value heads, a divisor of `num_heads`, each shared
             by a group of query heads. None is `num_heads`.
         qk_norm: Whether queries and keys are divided by their root mean square and multiplied by
@@ -126,6 +130,7 @@ class PerformerAttention(keras.layers.Layer):
         feature_map: Any = "favor_plus",
         exact_window: int | None = None,
         num_sink_tokens: int = 0,
+        far_bias: float | None = None,
         num_key_value_heads: int | None = None,
         qk_norm: bool = False,
         rotary_max_wavelength: float | None = None,
@@ -144,7 +149,7 @@ class PerformerAttention(keras.layers.Layer):
                 f"{num_heads}, num_key_value_heads={num_key_value_heads}"
             )
         exact_window = optional_int("exact_window", exact_window)
-        check_near_field(exact_window, num_sink_tokens)
+        check_near_field(exact_window, num_sink_tokens, far_bias)
         dropout = dropout_rate("dropout", dropout)
         if flash_attention:
             raise ValueError(
@@ -182,6 +187,7 @@ class PerformerAttention(keras.layers.Layer):
         self.num_features = num_features
         self.exact_window = exact_window
         self.num_sink_tokens = int(num_sink_tokens)
+        self.far_bias = None if far_bias is None else float(far_bias)
         self.seed = seed
         self._output_shape = tuple(output_shape) if output_shape else None
         self._kernel_initializer = initializers.get(kernel_initializer)
@@ -309,6 +315,9 @@ class PerformerAttention(keras.layers.Layer):
             self._key_norm.build((None, None, groups, self.key_dim))
             for norm in (self._query_norm, self._key_norm):
                 norm.supports_masking = True  # as in `_dense`
+        if self.far_bias is not None:
+            self._far_bias = _FarBias(self.far_bias, name="far_bias", dtype=self.dtype_policy)
+            self._far_bias.build((None, None, groups, self.key_dim))
         # The last sublayer, so that the weights before it are those of `MultiHeadAttention`.
         if not self._is_exact:
             self._feature_map = self._make_feature_map()
@@ -373,7 +382,7 @@ class PerformerAttention(keras.layers.Layer):
             if return_attention_scores:
                 scores = softmax_weights(query, key, **options)
         else:
-            options |= self._near_field()
+            options |= self.near_field()
             feature_map: Any = self._feature_map
             output = favor_attention(query, key, value, feature_map, **options, **carried)
             if return_attention_scores:
@@ -422,7 +431,8 @@ class PerformerAttention(keras.layers.Layer):
                 heads,
                 self.value_dim,
                 self._state_dtype(),
-                **self._near_field(),
+                exact_window=self.exact_window,
+                num_sink_tokens=self.num_sink_tokens,
             )
         else:
             capacity = max_length
@@ -499,8 +509,13 @@ class PerformerAttention(keras.layers.Layer):
                 f"sliding_window={self.sliding_window}, exact_window={self.exact_window}"
             )
 
-    def _near_field(self) -> dict[str, Any]:
-        return {"exact_window": self.exact_window, "num_sink_tokens": self.num_sink_tokens}
+    def near_field(self) -> dict[str, Any]:
+        """The arguments of `favor_attention` on what is near, weighed exactly, and what is far."""
+        return {
+            "exact_window": self.exact_window,
+            "num_sink_tokens": self.num_sink_tokens,
+            "far_bias": None if self.far_bias is None else self._far_bias.bias,
+        }
 
     def _state_dtype(self) -> str:
         return "float64" if self.compute_dtype == "float64" else "float32"
@@ -630,6 +645,7 @@ class PerformerAttention(keras.layers.Layer):
             "feature_map": self._given_feature_map,
             "exact_window": self.exact_window,
             "num_sink_tokens": self.num_sink_tokens,
+            "far_bias": self.far_bias,
             "num_key_value_heads": self._given_num_key_value_heads,
             "qk_norm": self.qk_norm,
             "rotary_max_wavelength": self.rotary_max_wavelength,
@@ -822,6 +838,26 @@ class _QueryKeyNorm(keras.layers.RMSNormalization):
         self.axis = [self.axis]  # as RMSNormalization keeps it
         self.scale = self.add_weight(
             name="scale", shape=(head_dim,), initializer=initializers.Constant(head_dim**0.25)
+        )
+        self.built = True
+
+
+class _FarBias(keras.layers.Layer):
+    """Holds a bias for each key head (axis 2 of keys).
+
+    A sublayer, so that its weight comes after those of the projections.
+    """
+
+    def __init__(self, start: float, **kwargs: Any):
+        super().__init__(**kwargs)
+        self._start = start
+
+    def build(self, input_shape: Any) -> None:
+        self.bias = self.add_weight(
+            name="bias",
+            shape=(input_shape[2],),
+            initializer=initializers.Constant(self._start),
+            autocast=False,
         )
         self.built = True
 

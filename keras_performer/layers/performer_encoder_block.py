@@ -33,6 +33,8 @@ class PerformerEncoderBlock(PerformerBlock):
         exact_window: W, to weigh keys within a block of W tokens and its neighbours exactly and
             only the others through features; see `PerformerAttention`. The baselines ignore it.
         num_sink_tokens: Number of leading tokens that every query weighs exactly.
+        far_bias: Start of a learned bias for each key head on what lies beyond the `exact_window`;
+            see `PerformerAttention`.
         qk_norm: Whether queries and keys are normalised, with a learned temperature. It keeps the
             variance of the random features bounded, so it is on by default here.
         rotary_max_wavelength: Longest wavelength of the rotary positions. None turns them off, and

@@ -39,6 +39,7 @@ class PerformerBackbone(keras_hub.models.Backbone):
         feature_map: Any = "favor_plus",
         exact_window: int | None = None,
         num_sink_tokens: int = 0,
+        far_bias: float | None = None,
         qk_norm: bool = True,
         position_embedding: str = "rotary",
         max_sequence_length: int | None = None,
@@ -86,7 +87,7 @@ class PerformerBackbone(keras_hub.models.Backbone):
                 "reversible=True"
             )
         split_width(hidden_dim, num_heads, rotary, key_dim)
-        check_near_field(exact_window, num_sink_tokens)
+        check_near_field(exact_window, num_sink_tokens, far_bias)
         dropout_rate("dropout", dropout)
         if isinstance(feature_map, keras.layers.Layer):
             feature_map = keras.saving.serialize_keras_object(feature_map)
@@ -127,6 +128,7 @@ class PerformerBackbone(keras_hub.models.Backbone):
                 "feature_map": feature_map,
                 "exact_window": exact_window,
                 "num_sink_tokens": num_sink_tokens,
+                "far_bias": far_bias,
                 "qk_norm": qk_norm,
                 "rotary_max_wavelength": rotary_max_wavelength if rotary else None,
                 "gated": gated,
@@ -161,6 +163,7 @@ class PerformerBackbone(keras_hub.models.Backbone):
         self.feature_map = feature_map
         self.exact_window = exact_window
         self.num_sink_tokens = num_sink_tokens
+        self.far_bias = far_bias
         self.qk_norm = qk_norm
         self.position_embedding = position_embedding
         self.rotary_max_wavelength = rotary_max_wavelength
@@ -280,6 +283,7 @@ class PerformerBackbone(keras_hub.models.Backbone):
             "feature_map": self.feature_map,
             "exact_window": self.exact_window,
             "num_sink_tokens": self.num_sink_tokens,
+            "far_bias": self.far_bias,
             "qk_norm": self.qk_norm,
             "position_embedding": self.position_embedding,
             "max_sequence_length": self.max_sequence_length,

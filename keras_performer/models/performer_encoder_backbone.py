@@ -34,6 +34,8 @@ class PerformerEncoderBackbone(PerformerStack):
         exact_window: W, to weigh keys within a block of W tokens and its neighbours exactly and
             only the others through features; see `PerformerAttention`. The baselines ignore it.
         num_sink_tokens: Number of leading tokens that every query weighs exactly.
+        far_bias: Start of a learned bias for each key head on what lies beyond the `exact_window`;
+            see `PerformerAttention`.
         qk_norm: Whether queries and keys are normalised, with a learned temperature.
         position_embedding: `"rotary"`, which has no longest length, or `"learned"`.
         max_sequence_length: Longest input with learned positions. Not for rotary positions.

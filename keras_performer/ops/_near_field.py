@@ -54,6 +54,30 @@ class NearField(NamedTuple):
         return ops.logical_and(positions >= 0, positions < self.num_sinks)
 
 
+class _BiasedMap:
+    """A feature map whose keys weigh exp(bias) times as much; the bias is its last operand."""
+
+    def __init__(self, feature_map: Any):
+        self._unbiased = feature_map
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._unbiased, name)
+
+    def features(self, x: Any, operands: tuple[Any, ...], *, is_query: bool) -> tuple[Any, Any]:
+        """See `FeatureMap.features`."""
+        values, offset = self._unbiased.features(x, operands[:-1], is_query=is_query)
+        if is_query:
+            return values, offset
+        return values, offset + ops.reshape(operands[-1], (-1, *(1 for _ in x.shape[2:])))
+
+
+def with_bias(feature_map: Any, operands: tuple[Any, ...], bias: Any, dtype: str) -> Any:
+    """A feature map and its operands with a bias (K,) on what is not near, or None for none."""
+    if bias is None:
+        return feature_map, operands
+    return _BiasedMap(feature_map), (*operands, ops.cast(bias, dtype))
+
+
 def begin(
     key: Any,
     value: Any,

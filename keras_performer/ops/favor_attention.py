@@ -37,6 +37,7 @@ def favor_attention(
     segment_ids: Any = None,
     exact_window: int | None = None,
     num_sink_tokens: int = 0,
+    far_bias: Any = None,
     initial_state: dict[str, Any] | None = None,
     return_state: bool = False,
     implementation: str = "auto",
@@ -69,6 +70,8 @@ def favor_attention(
             None or 0 is pure feature attention.
         num_sink_tokens: s, to weigh the first s keys of each sequence exactly for every query. It
             needs an `exact_window`.
+        far_bias: None, or (K,), what to add to q.k / sqrt(H) of pairs that are not weighed exactly:
+            these then weigh exp(far_bias) times as much. It needs an `exact_window`.
         initial_state: A state returned earlier. Causal: the sequence goes on after it.
             Bidirectional: every query also sees the keys in it, through features.
         return_state: Whether to return the state after all keys as well.
@@ -139,6 +142,7 @@ def favor_attention(
     if segment_ids is not None:
         segment_ids = check_segment_ids(segment_ids, query)
     exact_window = _check_window(exact_window, num_sink_tokens, feature_map, query, key)
+    far_bias = _check_far_bias(far_bias, exact_window, key)
     chosen = _choose(
         implementation,
         (query, key, value),
@@ -180,7 +184,9 @@ def favor_attention(
         sizes = (key.shape[0], num_key_heads, feature_map.feature_dim, head_dim, value_dim)
         window = (exact_window, num_sink_tokens) if exact_window else None
         initial_state = _check_state(initial_state, sizes, window, causal, dtype)
-    arguments = (query, key, value, feature_map, feature_map.operands(key, key_mask))
+    operands = feature_map.operands(key, key_mask)
+    feature_map, operands = _near_field.with_bias(feature_map, operands, far_bias, dtype)
+    arguments = (query, key, value, feature_map, operands)
     options = {"causal": causal, "key_mask": key_mask, "runs": runs, "state": initial_state}
     attend = {**FUSED, **IMPLEMENTATIONS}[chosen].attend
     if exact_window:
@@ -291,6 +297,7 @@ def favor_attention_weights(
     segment_ids: Any = None,
     exact_window: int | None = None,
     num_sink_tokens: int = 0,
+    far_bias: Any = None,
 ) -> Any:
     """The normalised weights that `favor_attention` gives each key, to look at short inputs.
 
@@ -316,6 +323,7 @@ def favor_attention_weights(
     if segment_ids is not None:
         segment_ids = check_segment_ids(segment_ids, query)
     exact_window = _check_window(exact_window, num_sink_tokens, feature_map, query, key)
+    far_bias = _check_far_bias(far_bias, exact_window, key)
     _build(feature_map, key)
     output_dtype = dtype_of(query)
     dtype = "float64" if output_dtype == "float64" else "float32"
@@ -333,11 +341,13 @@ def favor_attention_weights(
     if exact_window:
         sizes = {"window": exact_window, "num_sinks": num_sink_tokens, "return_state": False}
         near = _near_field.begin(key, key, key_mask, runs, None, **sizes)[0]
+    operands = feature_map.operands(key, key_mask)
+    feature_map, operands = _near_field.with_bias(feature_map, operands, far_bias, dtype)
     weights = _reference.attention_weights(
         query,
         key,
         feature_map,
-        feature_map.operands(key, key_mask),
+        operands,
         causal=causal,
         key_mask=key_mask,
         runs=runs,
@@ -487,6 +497,23 @@ def _check_window(
             f"query.shape={tuple(query.shape)}, key.shape={tuple(key.shape)}"
         )
     return exact_window
+
+
+def _check_far_bias(far_bias: Any, exact_window: int | None, key: Any) -> Any:
+    if far_bias is None:
+        return None
+    if not exact_window:
+        raise ValueError(
+            "far_bias weighs what lies beyond an exact window, and without one it would cancel: "
+            "set exact_window, or far_bias=None. Received: exact_window=None"
+        )
+    far_bias = ops.convert_to_tensor(far_bias)
+    if tuple(far_bias.shape) != (key.shape[2],):
+        raise ValueError(
+            f"far_bias must have one number for each of the {key.shape[2]} key heads. "
+            f"Received: far_bias of shape {tuple(far_bias.shape)}"
+        )
+    return far_bias
 
 
 def _check_state(
