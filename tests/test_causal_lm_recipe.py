@@ -7,7 +7,12 @@ import pytest
 from killing import assert_same_curves, killed_and_whole, needs_kill
 from tolerances import assert_close
 
-from keras_performer.models import PerformerCausalLM, PerformerDecoderBackbone
+from keras_performer.models import (
+    ByteTokenizer,
+    PerformerCausalLM,
+    PerformerCausalLMPreprocessor,
+    PerformerDecoderBackbone,
+)
 from training import causal_lm
 from training.causal_lm import Config, Corpus, compare, main, unigram_log_probabilities
 from training.config import load_config
@@ -150,6 +155,37 @@ def test_a_process_that_is_killed_in_an_epoch_goes_on(tmp_path):
     assert next(figures) == pytest.approx(next(figures), abs=1e-5)
 
 
+def save_byte_model(folder, **changes):
+    tokenizer = ByteTokenizer()
+    shape = {"num_layers": 1, "num_heads": 2, "hidden_dim": 24, "intermediate_dim": 20, **changes}
+    backbone = PerformerDecoderBackbone(
+        tokenizer.vocabulary_size(), num_features=4, seed=9, **shape
+    )
+    preprocessor = PerformerCausalLMPreprocessor(tokenizer, sequence_length=16)
+    PerformerCausalLM(backbone, preprocessor).save_to_preset(str(folder))
+    return backbone
+
+
+@pytest.mark.slow_on_jax
+@pytest.mark.slow_on_tensorflow
+def test_a_preset_gives_its_decoder_and_its_tokens(tmp_path):
+    body = save_byte_model(tmp_path / "lm")
+    text = write_text(tmp_path / "t.txt")
+    changes = [*OVERRIDES, "training.learning_rate=1e-9", "training.weight_decay=0.0"]
+    changes += ["training.steps=20", "data.vocabulary_size=300", "model.dropout=0.25"]
+    options = [f"--set={change}" for change in changes]
+    preset, output = f"--preset={tmp_path / 'lm'}", tmp_path / "run"
+    metrics = main([f"--config={CONFIG}", f"--file={text}", f"--output={output}", preset, *options])
+    assert metrics["preset"] == str(tmp_path / "lm")
+    model = PerformerCausalLM.from_preset(str(output / "preset"))
+    assert (model.backbone.hidden_dim, model.backbone.dropout) == (24, 0.25)
+    assert isinstance(model.preprocessor.tokenizer, ByteTokenizer)
+    assert model.preprocessor.sequence_length == 48
+    # Steps of no size: the body is that of the preset, not a new one.
+    for a, b in zip(model.backbone.get_weights(), body.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
+
+
 @pytest.mark.slow_on_jax
 @pytest.mark.slow_on_tensorflow
 def test_byte_pairs_are_learned_from_the_training_documents_in_mixed_precision(tmp_path):
@@ -222,7 +258,12 @@ def test_shipped_configs_can_be_read_and_say_how_to_run_them():
         text = path.read_text(encoding="utf-8")
         if f"-m training.causal_lm --config training/configs/{path.name}" in text:
             known[path.stem] = load_config(Config, path)
-    assert set(known) == {"protein_causal_lm", "text_causal_lm", "text_causal_lm_bytes"}
+    text = {"text_causal_lm", "text_causal_lm_bytes", "text_causal_lm_long"}
+    assert set(known) == {"protein_causal_lm", *text}
+    short, long = known["text_causal_lm"], known["text_causal_lm_long"]
+    assert (long.model, long.data.source) == (short.model, short.data.source)
+    for config in (short, long):  # as many tokens a step
+        assert config.data.sequence_length * config.training.batch_size == 8192
     long = known["text_causal_lm_bytes"]
     assert long.model.reversible and long.data.vocabulary_size == 0
 
@@ -268,6 +309,8 @@ def test_the_unigram_counts_what_is_predicted():
         (["--set=training.validation_windows=0"], r"'training\.validation_windows'"),
         (["--set=data.sequence_length=100000000"], "fewer than one batch"),
         (["--set=model.num_heads=3"], "num_heads=3"),
+        (["--preset=nothing"], "nothing"),
+        (["--preset=BYTES"], "proteins, which the preset's ByteTokenizer does not read"),
     ],
 )
 def test_bad_input_ends_with_one_sentence_before_any_training(
@@ -277,6 +320,9 @@ def test_bad_input_ends_with_one_sentence_before_any_training(
     arguments = [f"--config={CONFIG}", f"--output={tmp_path}", "--set=data.source=sample"]
     arguments.append("--set=data.vocabulary_size=0")
     (tmp_path / "metrics.json").write_text("{}", encoding="utf-8")
+    if "--preset=BYTES" in options:
+        save_byte_model(tmp_path / "lm")
+        options = [f"--preset={tmp_path / 'lm'}"]
     with pytest.raises(SystemExit, match=message) as error:
         main([*arguments, *options])
     assert re.match("error: [^\n]*$", str(error.value))

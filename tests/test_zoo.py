@@ -483,7 +483,7 @@ def test_a_finished_run_is_used_though_its_config_has_new_keys(tmp_path, monkeyp
 def test_the_card_of_a_causal_twin_says_how_many_windows_it_had(monkeypatch):
     monkeypatch.setattr(_causal_lm, "CONFIGS", ROOT / "training" / "configs")
     monkeypatch.setattr(_causal_lm, "run_with_twin", lambda *arguments: arguments[-2:])
-    overrides, phrase = _causal_lm.run_causal_lm("text_causal_lm.toml", "text", [])
+    overrides, phrase = _causal_lm.run_causal_lm("protein_causal_lm.toml", "proteins", [])
     assert "training.batch_size=8" in overrides
     assert "windows of 1,024 tokens, 8 times as many windows a step: same tokens" in phrase
 

@@ -17,6 +17,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from training.backbones import add_preset_flag, backbone_phrase, build_backbone
 from training.command import make_parser, prepare_output, start_keras, use_devices
 from training.config import load_config
 from training.data.byte_pairs import SMALLEST_VOCABULARY, learn_byte_pairs
@@ -136,8 +137,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         config = load_config(Config, arguments.config, arguments.set)
         use_devices(arguments, config)
         corpus = read_corpus(config, arguments.file, arguments.fasta)
-        digest = texts_sha256(corpus.train, corpus.validation, corpus.test)
-        model, tokenizer = build_model(config, corpus, arguments.backend)
+        digest = texts_sha256(
+            corpus.train, corpus.validation, corpus.test, [arguments.preset or ""]
+        )
+        model, tokenizer = build_model(config, corpus, arguments.preset, arguments.backend)
         output = prepare_output(arguments.output, config, digest)
     except (ImportError, OSError, TypeError, ValueError) as error:
         sys.exit(f"error: {error}")
@@ -145,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         split: pack(getattr(corpus, split), tokenizer, config)
         for split in ("train", "validation", "test")
     }
-    console.print(describe(config, corpus, windows, model, output))
+    console.print(describe(config, corpus, windows, model, arguments.preset, output))
 
     # 2. Train. A run that was killed goes on where its last epoch ended.
     trainer, record = train(model, config, windows, output, console)
@@ -180,6 +183,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     seconds, num_tokens = time.perf_counter() - started, windows["train"].num_tokens
     metrics.update(run_facts(config, corpus.source, seconds, train_tokens=num_tokens))
+    metrics["preset"] = arguments.preset
     finish(output, metrics, console)
     return metrics
 
@@ -195,6 +199,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--fasta", type=Path, help="your own proteins, plain or gzip, in place of data.source"
     )
+    add_preset_flag(parser, "the decoder of this preset, with its tokens")
     return parser.parse_args(argv)
 
 
@@ -237,9 +242,9 @@ def read_documents(data: DataConfig, file: Path | None) -> Splits | None:
 
 
 def build_model(
-    config: Config, corpus: Corpus, backend: str | None
+    config: Config, corpus: Corpus, preset: str | None, backend: str | None
 ) -> "tuple[PerformerCausalLM, Any]":
-    """Choose the backend, seed it, and return the untrained model and its tokenizer."""
+    """Choose the backend, seed it, and return the model to train and its tokenizer."""
     start_keras(backend, config.seed)
 
     from keras_performer.models import (
@@ -251,7 +256,14 @@ def build_model(
         ProteinTokenizer,
     )
 
-    if corpus.kind == "proteins":
+    if preset is not None:
+        tokenizer = PerformerCausalLMPreprocessor.from_preset(preset).tokenizer
+        if isinstance(tokenizer, ProteinTokenizer) != (corpus.kind == "proteins"):
+            raise ValueError(
+                f"The data are {corpus.kind}, which the preset's {type(tokenizer).__name__} does "
+                f"not read. Choose another preset. Received: {preset}"
+            )
+    elif corpus.kind == "proteins":
         if config.data.vocabulary_size:
             raise ValueError(
                 "Proteins have a token per residue: 'data.vocabulary_size' must be 0. Received: "
@@ -263,11 +275,15 @@ def build_model(
         tokenizer = PerformerBytePairTokenizer(*pairs)
     else:
         tokenizer = ByteTokenizer()
-    backbone = PerformerDecoderBackbone(
-        vocabulary_size=tokenizer.vocabulary_size(),
-        **config.model.arguments(),
-        seed=config.seed,
-        dtype=config.training.precision,
+    backbone = build_backbone(
+        PerformerDecoderBackbone,
+        config.model,
+        tokenizer.vocabulary_size(),
+        None,  # it is the preset's own
+        config.data.sequence_length,
+        preset,
+        config.seed,
+        config.training.precision,
     )
     preprocessor = PerformerCausalLMPreprocessor(
         tokenizer, sequence_length=config.data.sequence_length
@@ -287,10 +303,11 @@ def describe(
     corpus: Corpus,
     windows: dict[str, PackedWindows],
     model: "PerformerCausalLM",
+    preset: str | None,
     output: Path,
 ) -> Table:
     """Return a table of what the job is going to do."""
-    training, shape = config.training, config.model
+    training = config.training
     tokens = training.steps * training.batch_size * config.data.sequence_length
     passes = tokens / windows["train"].num_tokens
     rows = {
@@ -298,8 +315,7 @@ def describe(
         f"({windows['train'].num_tokens:,} tokens), {len(corpus.validation):,} and "
         f"{len(corpus.test):,} held out",
         "input": f"windows of {config.data.sequence_length:,} tokens",
-        "model": f"{shape.num_layers} layers of width {shape.hidden_dim}, {shape.num_heads} heads "
-        f"({shape.attention}, {shape.num_features} features), {model.count_params():,} parameters",
+        "model": f"{backbone_phrase(model.backbone, preset)}; {model.count_params():,} parameters",
         "training": f"{training.steps:,} steps of {training.batch_size} windows ({tokens:,} "
         f"tokens, {passes:.1f} passes), AdamW, {training.precision}",
     }

@@ -22,6 +22,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from training.backbones import add_preset_flag, backbone_phrase, build_backbone
 from training.command import (
     make_parser,
     prepare_output,
@@ -50,7 +51,6 @@ from training.data.folds import NUM_FOLDS
 from training.data.localisation import load_localisation
 from training.data.padded_rows import bracket, pad_rows
 from training.data.peptides import load_peptides
-from training.encoders import add_preset_flag, build_encoder, encoder_phrase
 from training.results import (
     finish,
     predict_in_batches,
@@ -265,7 +265,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="your own JSONL or CSV, gzip or not, in place of data.source; it is read as what that "
         "source holds (proteins, documents, ListOps or pixels), split by the hash of the texts",
     )  # fmt: skip
-    add_preset_flag(parser)
+    add_preset_flag(parser, "the encoder of this preset, such as a masked language model")
     return parser.parse_args(argv)
 
 
@@ -355,6 +355,7 @@ def build_model(
     """Choose the backend, seed it, and return the model; what takes strings has a preprocessor."""
     start_keras(backend, config.seed)
     from keras_performer.models import (
+        PerformerEncoderBackbone,
         PerformerSequenceClassifier,
         PerformerSequenceClassifierPreprocessor,
     )
@@ -364,7 +365,8 @@ def build_model(
         preprocessor = PerformerSequenceClassifierPreprocessor(
             tokenizer, sequence_length=config.data.sequence_length
         )
-    encoder = build_encoder(
+    encoder = build_backbone(
+        PerformerEncoderBackbone,
         config.model,
         tokenizer.vocabulary_size(),
         tokenizer if corpus.takes_strings else None,
@@ -398,7 +400,7 @@ def describe(
         corpus.kind: f"{corpus.source}: {train:,} to train on, {validation:,} to validate, "
         f"{test:,} to test, {len(corpus.classes)} classes",
         "input": f"at most {config.data.sequence_length:,} tokens",
-        "model": f"{encoder_phrase(model.backbone, preset)}; {model.count_params():,} parameters",
+        "model": f"{backbone_phrase(model.backbone, preset)}; {model.count_params():,} parameters",
         "training": f"{training.steps:,} steps of {training.batch_size} ({passes:.1f} passes), "
         f"AdamW, {training.precision}",
     }

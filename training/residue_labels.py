@@ -20,6 +20,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from training.backbones import add_preset_flag, backbone_phrase, build_backbone, tokenizer_of
 from training.command import (
     make_parser,
     prepare_output,
@@ -31,7 +32,6 @@ from training.config import load_config
 from training.data.examples import Splits, columns_of, load_examples, texts_sha256
 from training.data.padded_rows import bracket, pad_rows
 from training.data.secondary_structure import Q3, Q8, load_secondary_structure, to_q3
-from training.encoders import add_preset_flag, build_encoder, encoder_phrase, tokenizer_of
 from training.results import (
     finish,
     predict_in_batches,
@@ -189,7 +189,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         f"string of one letter of {Q8} per residue, or {UNKNOWN} where it is not known; split by "
         "the hash of the sequences",
     )  # fmt: skip
-    add_preset_flag(parser)
+    add_preset_flag(parser, "the encoder of this preset, such as a masked language model")
     return parser.parse_args(argv)
 
 
@@ -243,13 +243,15 @@ def build_model(
     """Choose the backend, seed it, and return the model with its preprocessor."""
     start_keras(backend, config.seed)
     from keras_performer.models import (
+        PerformerEncoderBackbone,
         PerformerTokenClassifier,
         PerformerTokenClassifierPreprocessor,
         ProteinTokenizer,
     )
 
     tokenizer = ProteinTokenizer()
-    encoder = build_encoder(
+    encoder = build_backbone(
+        PerformerEncoderBackbone,
         config.model,
         tokenizer.vocabulary_size(),
         tokenizer,
@@ -282,7 +284,7 @@ def describe(
         "proteins": f"{source}: {train:,} to train on, {validation:,} to validate, {test:,} to "
         f"test, {config.data.states} states",
         "input": f"at most {config.data.sequence_length:,} tokens",
-        "model": f"{encoder_phrase(model.backbone, preset)}; {model.count_params():,} parameters",
+        "model": f"{backbone_phrase(model.backbone, preset)}; {model.count_params():,} parameters",
         "training": f"{training.steps:,} steps of {training.batch_size} proteins ({passes:.1f} "
         f"passes), AdamW, {training.precision}",
     }

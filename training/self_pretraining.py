@@ -23,10 +23,10 @@ from rich.console import Console
 from rich.table import Table
 
 from training import classification
+from training.backbones import backbone_phrase
 from training.classification import Corpus, Part, make_tokenizer, read_corpus
 from training.command import make_parser, prepare_output, start_keras, use_devices
 from training.config import load_config
-from training.encoders import encoder_phrase
 from training.masking import (
     compare,
     comparison_table,
@@ -191,7 +191,7 @@ def describe(config: Config, corpus: Corpus, model: "PerformerMaskedLM", output:
         corpus.kind: f"{corpus.source}: {train:,} to train on, {validation:,} to validate, "
         f"{test:,} to test",
         "input": f"at most {data.sequence_length:,} tokens, {data.mask_rate:.0%} of them masked",
-        "model": f"{encoder_phrase(model.backbone, None)}; {model.count_params():,} parameters",
+        "model": f"{backbone_phrase(model.backbone, None)}; {model.count_params():,} parameters",
         "training": f"{training.steps:,} steps of {training.batch_size} ({passes:.1f} passes), "
         f"AdamW, {training.precision}",
     }

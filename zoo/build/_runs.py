@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -43,6 +43,13 @@ def run(
     return recipe.main([f"--config={path}", f"--output={output}", *arguments]), output
 
 
+def parse_arguments(name: str, argv: Sequence[str] | None) -> bool:
+    """Return whether the command line of a build says `--without-twin`."""
+    parser = argparse.ArgumentParser(description=f"Build {name}.")
+    parser.add_argument("--without-twin", action="store_true", help="do not train the softmax twin")
+    return parser.parse_args(argv).without_twin
+
+
 def run_with_twin(
     recipe: ModuleType,
     config: str,
@@ -67,12 +74,10 @@ def run_with_twin(
     **Returns** The figures of the run, its folder, the figures of the twin (None: it is not
     trained), and what the card says of it.
     """
-    parser = argparse.ArgumentParser(description=f"Build {name}.")
-    parser.add_argument("--without-twin", action="store_true", help="do not train the softmax twin")
-    arguments = parser.parse_args(argv)
+    without_twin = parse_arguments(name, argv)
     model, output = run(recipe, config, name, preset=preset)
     softmax = f"{name}_softmax"
-    if arguments.without_twin:
+    if without_twin:
         return model, output, None, unfinished(model, softmax)
     start = f"runs/{preset}_softmax/preset" if preset else None
     twin, _ = run(recipe, config, softmax, *twin_overrides, preset=start)
@@ -101,6 +106,22 @@ def facts(metrics: dict[str, Any], mean_tokens: float) -> dict[str, Any]:
             Point((i + 1) * training["steps_per_epoch"], row["loss"], row["val_loss"])
             for i, row in enumerate(history)
         ],
+    }
+
+
+def in_turn(facts_of_parts: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return the `facts` of runs that went on from one another, by the names of their configs."""
+    parts = list(facts_of_parts.values())
+    curve, steps = [], 0
+    for part in parts:
+        curve += [Point(steps + p.step, p.loss, p.val_loss) for p in part["curve"]]
+        steps += part["steps"]
+    return {
+        **parts[-1],
+        **{key: sum(part[key] for part in parts) for key in ("wall_seconds", "tokens_seen")},
+        "config": {name: part["config"] for name, part in facts_of_parts.items()},
+        "steps": steps,
+        "curve": curve,
     }
 
 

@@ -1,26 +1,24 @@
-"""The encoder that a classifier is put on: a new one, or one that was pretrained."""
+"""The backbone that a task is put on: a new one, or one that was pretrained."""
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from training.sections import ModelConfig
-
-if TYPE_CHECKING:
-    from keras_performer.models import PerformerEncoderBackbone
 
 # Keras chooses its backend when it is imported, so nothing that imports it stands up here.
 
 
-def add_preset_flag(parser: argparse.ArgumentParser) -> None:
-    """Add `--preset`, which `build_encoder` takes."""
+def add_preset_flag(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add `--preset`, which `build_backbone` takes, and say `what` of it is trained on."""
     parser.add_argument(
         "--preset", metavar="NAME_OR_FOLDER",
-        help="train on the encoder of this preset, such as a masked language model; its shape and "
-        "attention replace those of [model], of which only dropout is read then",
+        help=f"train on {what}; its shape and attention replace those of [model], of which only "
+        "dropout is read then",
     )  # fmt: skip
 
 
-def build_encoder(
+def build_backbone(
+    backbone_class: Any,
     section: ModelConfig,
     vocabulary_size: int,
     tokenizer: Any,
@@ -28,12 +26,13 @@ def build_encoder(
     preset: str | None,
     seed: int,
     precision: str,
-) -> "PerformerEncoderBackbone":
-    """Return an untrained encoder, or the one in a preset of any task, such as a masked LM.
+) -> Any:
+    """Return an untrained backbone, or the one in a preset of any task, such as a masked LM.
 
     A preset decides its own shape and attention: of the section only `dropout` is read then.
 
     **Args**
+        backbone_class: The class of keras_performer.models.
         section: Section `[model]` of the config.
         vocabulary_size: Number of token ids.
         tokenizer: What makes token ids; None if the data come as ids.
@@ -45,36 +44,34 @@ def build_encoder(
     **Raises** ValueError if the preset is damaged or unknown, has other tokens, another attention
     than the section names, or learned positions for shorter inputs only.
     """
-    from keras_performer.models import PerformerEncoderBackbone
-
     if preset is None:
-        return PerformerEncoderBackbone(
+        return backbone_class(
             vocabulary_size=vocabulary_size, **section.arguments(), seed=seed, dtype=precision
         )
-    encoder = PerformerEncoderBackbone.from_preset(
+    backbone = backbone_class.from_preset(
         preset, dropout=section.dropout, seed=seed, dtype=precision
     )
     if tokenizer is not None:
         type(tokenizer).from_preset(preset)  # Refuses another class or vocabulary.
-    if encoder.vocabulary_size != vocabulary_size:
+    if backbone.vocabulary_size != vocabulary_size:
         raise ValueError(
-            f"The preset has {encoder.vocabulary_size} token ids, and the data have "
+            f"The preset has {backbone.vocabulary_size} token ids, and the data have "
             f"{vocabulary_size}. Choose a preset with the same tokens. Received: {preset}"
         )
-    if encoder.attention != section.attention:
+    if backbone.attention != section.attention:
         raise ValueError(
-            f"The preset's attention is {encoder.attention!r}, and 'model.attention' is "
-            f"{section.attention!r}. Pass --set model.attention={encoder.attention}, or another "
+            f"The preset's attention is {backbone.attention!r}, and 'model.attention' is "
+            f"{section.attention!r}. Pass --set model.attention={backbone.attention}, or another "
             f"preset. Received: {preset}"
         )
-    limit = encoder.max_sequence_length
+    limit = backbone.max_sequence_length
     if limit is not None and sequence_length > limit:
         raise ValueError(
             f"The preset has learned positions for at most {limit} tokens, and "
             f"'data.sequence_length' is {sequence_length}. Pass --set data.sequence_length={limit} "
             f"or less, or another preset. Received: {preset}"
         )
-    return encoder
+    return backbone
 
 
 def tokenizer_of(model: Any) -> Any:
@@ -82,11 +79,11 @@ def tokenizer_of(model: Any) -> Any:
     return model.preprocessor and model.preprocessor.tokenizer
 
 
-def encoder_phrase(encoder: "PerformerEncoderBackbone", preset: str | None) -> str:
-    """Return what a recipe says of its encoder."""
+def backbone_phrase(backbone: Any, preset: str | None) -> str:
+    """Return what a recipe says of its backbone."""
     phrase = (
-        f"{encoder.num_layers} layers of width {encoder.hidden_dim}, {encoder.num_heads} heads "
-        f"({encoder.attention})"
+        f"{backbone.num_layers} layers of width {backbone.hidden_dim}, {backbone.num_heads} heads "
+        f"({backbone.attention})"
     )
     if preset is not None:
         # Not "[model]", which Rich would take for its markup.
