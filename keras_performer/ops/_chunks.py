@@ -97,7 +97,7 @@ def overlapping(
     Args:
         x: A tensor.
         axis: Positive.
-        size: At least `before` and `after` if there are several chunks.
+        size: At least `after` if there are several chunks.
         num_chunks: Number of chunks.
         lead: Zeros to put before x. The first chunk begins at slot `before` of the two.
         before: Slots to the left that a chunk has besides its own.
@@ -114,9 +114,8 @@ def overlapping(
         found = split(part(x, axis, start, num_chunks * size), axis, size)
         return found if length == size else part(found, axis + 1, 0, length)
 
-    parts = [chunks(before, size)]
-    if before:
-        parts.insert(0, chunks(0, before))
+    parts = [chunks(start, min(size, before - start)) for start in range(0, before, size)]
+    parts.append(chunks(before, size))
     if after:
         parts.append(chunks(before + size, after))
     return ops.concatenate(parts, axis=axis + 1) if len(parts) > 1 else parts[0]

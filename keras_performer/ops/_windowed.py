@@ -1,9 +1,9 @@
 """Linear-time implementation of `favor_attention` with an exact near field, in `keras.ops`.
 
-The layout is that of `_chunked`. Queries are cut into tiles of at least 2 W tokens, so the near
-keys of a tile are its own and those within 2 W slots of it, wherever the grid of blocks lies. Each
-pair of them is weighed exactly if it is near and through its features if not, and a state stands
-for all keys beyond. Exact scores and features share one row maximum.
+The layout is that of `_chunked`. Queries are cut into tiles. The near keys of a tile are its own
+and those within 2 W slots of it, wherever the grid of blocks lies. Each pair of them is weighed
+exactly if it is near and through its features if not, and a state stands for all keys beyond. Exact
+scores and features share one row maximum.
 """
 
 from typing import Any
@@ -43,6 +43,7 @@ from keras_performer.ops._sums import (
 
 _SMALLEST_TILE = 128
 _SMALLEST_CAUSAL_TILE = 32
+_LARGEST_CAUSAL_TILE = 128  # the scores of larger ones leave the caches
 _WITHOUT_HEADS = ("position", "stays", "run")
 
 
@@ -304,7 +305,7 @@ def _plan_causal(query, feature_map, near):
     """Tokens a tile, tiles a step and number of steps."""
     batch, num_heads, num_groups, length, _ = ops.shape(query)
     reach = 2 * near.window
-    size = max(_SMALLEST_CAUSAL_TILE, reach)
+    size = min(max(_SMALLEST_CAUSAL_TILE, reach), _LARGEST_CAUSAL_TILE)
     if isinstance(length, int) and length <= size:
         return length, 1, 1
     columns = max(size + reach, feature_map.feature_dim)

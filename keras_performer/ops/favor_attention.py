@@ -109,7 +109,8 @@ def favor_attention(
     of the fused kernels, and on PyTorch all of them, cannot be differentiated again.
 
     **Cost** O(T N M (H + V)) time; causal and packed attention add O(T C N (M + V)) for chunks of C
-    tokens, and a window of W tokens O(T N C (H + V + M)) for C = max(128, 2 W) + 4 W (causal 2 W).
+    tokens, and a window of W tokens O(T N C (H + V + M)) for C = max(128, 2 W) + 4 W (causal at
+    most 128 + 2 W).
     Memory O(T N (H + V) + (T / C) K M V); the backward pass recomputes features and scores.
 
     **Raises** ValueError or TypeError for shapes, types and combinations that cannot work.
