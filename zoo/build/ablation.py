@@ -35,6 +35,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     ),
     "16 features": ("model.num_features=16",),
     "exact window 64": ("model.exact_window=64",),
+    "far bias -4": ("model.far_bias=-4",),
     "no qk_norm": ("model.qk_norm=false",),
     "8 layers": ("model.num_layers=8",),
     "width 256": ("model.hidden_dim=256", "model.intermediate_dim=1024", "model.num_heads=4"),
