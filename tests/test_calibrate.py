@@ -94,6 +94,7 @@ def test_the_loss_is_the_error_at_the_teachers_inputs():
 
 @pytest.mark.usefixtures("eagerly")
 @pytest.mark.parametrize("train", ["feature_maps", *slow_where_compiled("attention", "all")])
+@pytest.mark.slow_on_jax
 def test_attention_comes_closer_and_nothing_else_changes(train):
     keras.utils.set_random_seed(1)  # of the order of batches
     teacher = teacher_model()

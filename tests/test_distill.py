@@ -91,6 +91,7 @@ def test_a_model_is_converted_calibrated_tuned_and_saved(files, finished):
 
 
 @pytest.mark.slow_on_jax
+@pytest.mark.slow_on_tensorflow
 def test_a_killed_run_goes_on_after_its_calibration(files, finished, tmp_path, monkeypatch):
     begin = loop._begin_epoch
 

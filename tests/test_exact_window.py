@@ -470,6 +470,7 @@ def test_split_and_resume_equals_one_call(implementation, segmented, splits):
 
 
 @pytest.mark.parametrize("implementation", sorted(set(STATEFUL) - {"reference"}))
+@pytest.mark.slow_on_jax
 def test_the_returned_state_equals_the_reference(implementation):
     length = 300
     query, key, value = make_qkv(length)

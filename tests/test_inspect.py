@@ -138,6 +138,7 @@ def pictures(folder):
 
 
 @pytest.mark.slow_on_jax
+@pytest.mark.slow_on_tensorflow
 def test_a_masked_language_model_is_drawn(tmp_path):
     flags = ["--lengths", "32", "--length", "32", "--groups", "2"]
     results = inspect.main(["performer_tiny", f"--output={tmp_path}", *flags])

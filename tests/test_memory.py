@@ -127,6 +127,7 @@ def test_memory_of_a_reversible_step_does_not_grow_with_depth():
 
 @linux
 @pytest.mark.slow_on_jax
+@pytest.mark.slow_on_tensorflow
 def test_the_memory_benchmark_tells_each_step_and_its_growth(tmp_path):
     pytest.importorskip("rich")
     from training.benchmarks import model_memory

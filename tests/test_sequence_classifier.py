@@ -218,6 +218,7 @@ def test_lora_trains_the_head_and_the_adapters_only():
 
 
 @pytest.mark.slow_on_tensorflow
+@pytest.mark.slow_on_jax
 def test_int8_outputs_are_close():
     task = make_task(hidden_dim=7)
     x = token_inputs()
