@@ -155,12 +155,12 @@ def test_a_process_that_is_killed_in_an_epoch_goes_on(tmp_path):
     assert next(figures) == pytest.approx(next(figures), abs=1e-5)
 
 
-def save_byte_model(folder, **changes):
+def save_byte_model(folder):
     tokenizer = ByteTokenizer()
-    shape = {"num_layers": 1, "num_heads": 2, "hidden_dim": 24, "intermediate_dim": 20, **changes}
     backbone = PerformerDecoderBackbone(
-        tokenizer.vocabulary_size(), num_features=4, seed=9, **shape
-    )
+        tokenizer.vocabulary_size(), num_layers=1, num_heads=2, hidden_dim=24, intermediate_dim=20,
+        num_features=4, seed=9,
+    )  # fmt: skip
     preprocessor = PerformerCausalLMPreprocessor(tokenizer, sequence_length=16)
     PerformerCausalLM(backbone, preprocessor).save_to_preset(str(folder))
     return backbone

@@ -8,7 +8,10 @@ from training.sections import ModelConfig
 # Keras chooses its backend when it is imported, so nothing that imports it stands up here.
 
 
-def add_preset_flag(parser: argparse.ArgumentParser, what: str) -> None:
+def add_preset_flag(
+    parser: argparse.ArgumentParser,
+    what: str = "the encoder of this preset, such as a masked language model",
+) -> None:
     """Add `--preset`, which `build_backbone` takes, and say `what` of it is trained on."""
     parser.add_argument(
         "--preset", metavar="NAME_OR_FOLDER",
@@ -35,7 +38,7 @@ def build_backbone(
         backbone_class: The class of keras_performer.models.
         section: Section `[model]` of the config.
         vocabulary_size: Number of token ids.
-        tokenizer: What makes token ids; None if the data come as ids.
+        tokenizer: What makes token ids; None if the data come as ids, or it is the preset's own.
         sequence_length: `data.sequence_length`, the length of the longest inputs.
         preset: Name or folder of a preset.
         seed: Of the initial weights and of dropout.

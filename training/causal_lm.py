@@ -279,7 +279,7 @@ def build_model(
         PerformerDecoderBackbone,
         config.model,
         tokenizer.vocabulary_size(),
-        None,  # it is the preset's own
+        None,  # with a preset it is that one's own
         config.data.sequence_length,
         preset,
         config.seed,

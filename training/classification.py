@@ -265,7 +265,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="your own JSONL or CSV, gzip or not, in place of data.source; it is read as what that "
         "source holds (proteins, documents, ListOps or pixels), split by the hash of the texts",
     )  # fmt: skip
-    add_preset_flag(parser, "the encoder of this preset, such as a masked language model")
+    add_preset_flag(parser)
     return parser.parse_args(argv)
 
 

@@ -189,7 +189,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         f"string of one letter of {Q8} per residue, or {UNKNOWN} where it is not known; split by "
         "the hash of the sequences",
     )  # fmt: skip
-    add_preset_flag(parser, "the encoder of this preset, such as a masked language model")
+    add_preset_flag(parser)
     return parser.parse_args(argv)
 
 

@@ -30,11 +30,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     without_twin = parse_arguments(NAME, argv)
     short, start = run(causal_lm, SHORT, f"{NAME}_short")
     model, output = run(causal_lm, LONG, NAME, preset=str(start / "preset"))
-    twin, phrase = None, unfinished(short, f"{NAME}_softmax")
-    if not without_twin:
+    softmax = f"{NAME}_softmax"
+    if without_twin:
+        twin, phrase = None, unfinished(short, softmax)
+    else:
         steps = sum(part["config"]["training"]["steps"] for part in (short, model))
         overrides = ("model.attention=softmax", "model.far_bias=0", f"training.steps={steps}")
-        twin, _ = run(causal_lm, SHORT, f"{NAME}_softmax", *overrides)
+        twin, _ = run(causal_lm, SHORT, softmax, *overrides)
         length = twin["config"]["data"]["sequence_length"]
         phrase = TWIN_PHRASE.format(steps=steps, length=length)
     texts = [example.text[:8000] for example in load_text()["test"][:8]]
