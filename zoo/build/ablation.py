@@ -33,7 +33,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "model.exact_window=0",
         "model.feature_map=favor_plus_plus",
     ),
-    "16 features": ("model.num_features=16",),
+    "64 features": ("model.num_features=64",),
     "exact window 64": ("model.exact_window=64",),
     "far bias -4": ("model.far_bias=-4",),
     "no qk_norm": ("model.qk_norm=false",),
