@@ -813,6 +813,21 @@ def test_config_round_trip(name):
     assert_exact(run(twin, x, x), run(layer, x, x))
 
 
+@pytest.mark.filterwarnings("error:Gradients do not exist")
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("length", [3, 8, 9])
+def test_the_far_bias_trains_where_nothing_is_far(causal, length):
+    inputs = keras.Input((length, WIDTH))
+    layer = PerformerAttention(2, 4, exact_window=4, far_bias=-1.0, seed=1)
+    model = keras.Model(inputs, layer(inputs, inputs, use_causal_mask=causal))
+    model.compile(keras.optimizers.SGD(1.0), "mse")
+    x = make_inputs(length)
+    model.fit(x, x, verbose=0)
+    bias = to_numpy(model.trainable_weights[-1])
+    # Of three blocks the outer two are far from each other.
+    assert (np.abs(bias + 1.0).min() > 1e-7) == (length > 8)
+
+
 @pytest.mark.parametrize(
     "options",
     [
