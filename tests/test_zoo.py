@@ -449,6 +449,9 @@ def test_a_card_says_how_far_the_twin_came_and_what_all_processes_took(tmp_path,
     assert unfinished(model, "twin") == "not trained yet."
     history = tmp_path / "runs" / "twin" / "history.jsonl"
     history.parent.mkdir(parents=True)
+    # A twin may have more steps than the run it is compared with.
+    planned = {"config": {"training": model["config"]["training"] | {"steps": 50}}}
+    (history.parent / "run.json").write_text(json.dumps(planned), encoding="utf-8")
     for theirs, made, compared in (
         ((), None, None),
         ((2.5,), 10, (10, 2.5, 3.0)),
@@ -460,7 +463,7 @@ def test_a_card_says_how_far_the_twin_came_and_what_all_processes_took(tmp_path,
             assert text == "not trained yet."
             continue
         steps, their_loss, our_loss = compared
-        assert f"made {made} of 40 steps. After {steps} its loss" in text
+        assert f"made {made} of 50 steps. After {steps} its loss" in text
         assert f"was {their_loss:.4f} (accuracy 50.0%), and this model's {our_loss:.4f}" in text
 
 

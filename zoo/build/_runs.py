@@ -161,12 +161,13 @@ def unfinished(model: dict[str, Any], name: str) -> str:
         model: The figures of the finished run.
         name: Of the folder of the twin's run in `runs`.
     """
-    history = Path("runs") / name / "history.jsonl"
+    folder = Path("runs") / name
+    history = folder / "history.jsonl"
     lines = history.read_text(encoding="utf-8").splitlines() if history.is_file() else []
     if not lines:
         return "not trained yet."
     ours, theirs = model["training"]["history"], [json.loads(line) for line in lines]
-    training = model["config"]["training"]
+    training = json.loads((folder / "run.json").read_text(encoding="utf-8"))["config"]["training"]
     # Patience may have ended ours earlier.
     epochs = min(len(ours), len(theirs))
     rows = [history[epochs - 1] for history in (theirs, ours)]
