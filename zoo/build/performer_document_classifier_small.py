@@ -1,7 +1,7 @@
 """Build `performer_document_classifier_small`, which tells mail from spam, and its softmax twin.
 
-With PyTorch each of the two takes two hours of an x86 core; `--without-twin` publishes while the
-twin is unfinished.
+With PyTorch it takes about 40 minutes of an x86 core, and the twin an hour; `--without-twin`
+publishes while the twin is unfinished.
 """
 
 from collections.abc import Sequence
