@@ -196,7 +196,7 @@ def favor_attention(
         )
     else:
         output, state = attend(*arguments, **options)
-    if far_bias is not None and isinstance(length, int) and length <= 2 * exact_window:
+    if far_bias is not None and isinstance(length, int) and length <= 2 * (exact_window or 0):
         # Perhaps nothing was far. Trainers warn of weights that have no gradient at all.
         output = output + 0.0 * ops.cast(ops.sum(far_bias), dtype_of(output))
     output = ops.reshape(

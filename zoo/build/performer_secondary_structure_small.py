@@ -1,7 +1,7 @@
 """Build `performer_secondary_structure_small`, which labels residues, and its softmax twin.
 
-With PyTorch each of the two takes about 30 minutes of one x86 core; `--without-twin` publishes while
-the twin is unfinished.
+With PyTorch each of the two takes half an hour of an x86 core; `--without-twin` publishes while the
+twin is unfinished.
 """
 
 from collections.abc import Sequence
