@@ -208,7 +208,7 @@ def test_documents_and_list_ops_run_with_the_baselines(attention, tmp_path, eage
     """Bytes with softmax attention, ListOps with a window; patience ends neither early."""
     if attention == "softmax":
         config, file = CONFIGS / "documents_spam.toml", write_documents(tmp_path / "d.csv")
-        fields = {"data.text_field": "words", "data.label_field": "kind"}
+        fields = {"data.text_field": "words", "data.label_field": "kind", "model.far_bias": "0"}
     else:
         config, file = CONFIGS / "list_ops.toml", tmp_path / "l.jsonl"
         made = generate_list_ops(120, seed=4, max_depth=3, length_bounds=(4, 20))
