@@ -194,11 +194,12 @@ def favor_attention(
         output, state = _attend_with_window(
             attend, *arguments, **options, window=(exact_window, num_sink_tokens, return_state)
         )
+        short = isinstance(length, int) and length <= 2 * exact_window
+        if far_bias is not None and short and initial_state is None:
+            # Perhaps nothing was far. Trainers warn of weights that have no gradient at all.
+            output = output + 0.0 * ops.cast(ops.sum(far_bias), dtype_of(output))
     else:
         output, state = attend(*arguments, **options)
-    if far_bias is not None and isinstance(length, int) and length <= 2 * (exact_window or 0):
-        # Perhaps nothing was far. Trainers warn of weights that have no gradient at all.
-        output = output + 0.0 * ops.cast(ops.sum(far_bias), dtype_of(output))
     output = ops.reshape(
         ops.transpose(output, (0, 3, 1, 2, 4)), (batch, length, num_heads, value_dim)
     )
