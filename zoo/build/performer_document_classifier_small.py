@@ -19,11 +19,17 @@ from zoo.build._runs import facts, figures, run_with_twin
 
 NAME = "performer_document_classifier_small"
 CONFIG = "documents_spam.toml"
+TWIN_PHRASE = (
+    'the same config with `attention = "softmax"`: same tokens, steps and parameters but for the '
+    "random features and the bias on what is far."
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, and write the folder and the tables."""
-    model, output, twin, phrase = run_with_twin(classification, CONFIG, NAME, argv)
+    model, output, twin, phrase = run_with_twin(
+        classification, CONFIG, NAME, argv, twin_phrase=TWIN_PHRASE
+    )
     texts = [example.text for example in load_spam_assassin()["test"][:64]]
     inputs = heldout_inputs(output / "preset", texts)
     publish(output / "preset", make_record(model, twin, phrase), inputs)
