@@ -187,6 +187,21 @@ def test_the_symbolic_state_has_the_shapes_of_the_real_one(kind):
         assert state_spec[name].dtype == keras.backend.standardize_dtype(tensor.dtype), name
 
 
+def test_the_symbolic_state_has_a_segment_if_the_call_has():
+    layer, x = make_layer("performer"), make_inputs(3)
+    ids = np.zeros((BATCH, 3), "int32")
+    options = {"use_causal_mask": True, "return_state": True}
+    _, state = layer(x, x, segment_ids=ids, **options)
+    symbols = {
+        name: keras.KerasTensor(tuple(tensor.shape), keras.backend.standardize_dtype(tensor.dtype))
+        for name, tensor in state.items()
+    }
+    for given in ({}, {"segment_ids": ids}):
+        _, after = layer(x, x, initial_state=state, **given, **options)
+        spec = layer.compute_state_spec(BATCH, symbols, True, given.get("segment_ids"))
+        assert spec.keys() == after.keys()
+
+
 def test_softmax_attention_equals_that_of_keras():
     ours = PerformerAttention(4, 6, feature_map=None)
     theirs = keras.layers.MultiHeadAttention(4, 6)
@@ -224,6 +239,10 @@ def test_what_a_state_cannot_have_is_refused():
         make_layer("softmax").initial_state(BATCH)
     with pytest.raises(ValueError, match="Exact attention needs a state to start from"):
         make_layer("softmax")(x, x, return_state=True)
+    for symbolic in (make_layer("softmax"), make_layer("sliding_window")):
+        inputs = keras.Input(x.shape[1:])
+        with pytest.raises(ValueError, match="Exact attention needs a state to start from"):
+            symbolic(inputs, inputs, return_state=True)
     with pytest.raises(ValueError, match="without attention scores"):
         make_layer("performer")(x, x, return_state=True, return_attention_scores=True)
     with pytest.raises(ValueError, match="exact_window=3"):

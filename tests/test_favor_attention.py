@@ -312,6 +312,16 @@ def test_other_float_types(dtype, causal):
     assert_close(ops.cast(actual, "float32"), expected, "float32" if dtype == "float64" else dtype)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_state_of_float64_is_of_float64(causal):
+    tensors = [ops.cast(ops.convert_to_tensor(x), "float64") for x in make_qkv(9)]
+    for options in ({}, {"exact_window": 2}):
+        options |= {"causal": causal, "return_state": True}
+        _, state = favor_attention(*tensors, feature_map(), **options)
+        for name in ("kv", "k_sum", "log_max"):
+            assert state[name].dtype == tensors[0].dtype, (name, options)
+
+
 # Laws.
 
 
@@ -557,10 +567,10 @@ def test_bidirectional_keys_may_be_split_before_the_query(implementation):
     assert_close(output, expected)
 
 
+@pytest.mark.parametrize("fm", [feature_map(), ReLU(FEATURES, seed=1)], ids=["log", "plain"])
 @pytest.mark.parametrize("causal", [False, True])
-def test_states_are_interchangeable_between_implementations(causal):
+def test_states_are_interchangeable_between_implementations(causal, fm):
     query, key, value = make_qkv(29)
-    fm = feature_map()
     expected = attend(query, key, value, fm, causal=causal)
     for first, second in itertools.permutations(PLAIN, 2):
         head = [x[:, :17] for x in (query, key, value)]
@@ -632,7 +642,14 @@ def test_bad_shapes_are_refused(change, message):
 
 def test_bad_arguments_are_refused():
     query, key, value = make_qkv(9)
-    fm = feature_map()
+    fm, ids = feature_map(), np.zeros((BATCH, 9), "int32")
+    with pytest.raises(TypeError, match=r"feature_map must be a .*Received: feature_map=None"):
+        favor_attention_weights(query, key, None)
+    for options in ({"exact_window": True}, {"exact_window": 2, "num_sink_tokens": None}):
+        with pytest.raises(ValueError, match="must be an integer of at least 0"):
+            favor_attention(query, key, value, fm, **options)
+    with pytest.raises(TypeError, match=r"segment_ids must be integers.*type float32"):
+        favor_attention(query, key, value, fm, segment_ids=np.zeros((BATCH, 9), "float32"))
     with pytest.raises(TypeError, match="floating point"):
         favor_attention(query.astype("int32"), key, value, fm)
     with pytest.raises(TypeError, match="feature_map must be a"):
@@ -642,12 +659,12 @@ def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="causal=True needs queries and keys"):
         favor_attention(query, key[:, :5], value[:, :5], fm, causal=True)
     with pytest.raises(ValueError, match="segment_ids needs queries and keys"):
-        favor_attention(query, key[:, :5], value[:, :5], fm, segment_ids=np.zeros((BATCH, 9)))
+        favor_attention(query, key[:, :5], value[:, :5], fm, segment_ids=ids)
     for mask in (np.ones((9, 9)), np.ones((BATCH, 9, 9)), np.ones((BATCH, 1, 1, 9))):
         with pytest.raises(ValueError, match="cannot be honoured in linear time"):
             favor_attention(query, key, value, fm, key_mask=mask)
     with pytest.raises(ValueError, match="has no single state"):
-        favor_attention(query, key, value, fm, segment_ids=np.zeros((BATCH, 9)), return_state=True)
+        favor_attention(query, key, value, fm, segment_ids=ids, return_state=True)
     with pytest.raises(ValueError, match="initial_state must be a state"):
         favor_attention(query, key, value, fm, initial_state={"kv": 1})
     _, state = favor_attention(query, key, value, fm, return_state=True)
@@ -662,7 +679,7 @@ def test_bad_arguments_are_refused():
             value,
             fm,
             causal=True,
-            segment_ids=np.zeros((BATCH, 9)),
+            segment_ids=ids,
             initial_state=state,
         )
 

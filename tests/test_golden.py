@@ -5,7 +5,8 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from gradients import compiled, implementations
+from gradients import compiled, gradients, implementations
+from keras import ops
 from tolerances import AGREEMENT, assert_close, assert_exact, relative_rms, to_numpy
 
 from keras_performer.feature_maps import FavorPlus, GeneralizedKernel, ReLU
@@ -163,6 +164,23 @@ def test_legacy_causal_attention_leaks_the_future_and_the_default_does_not():
             assert relative_rms(after, before) > 0.05
         else:
             np.testing.assert_array_equal(after, before)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_legacy_gradients_of_a_row_without_keys_are_finite(causal):
+    golden = load("google_tf_softmax")
+    arrays = [golden[name] for name in ("query", "key", "value")]
+    mask = np.ones(arrays[1].shape[:2], bool)
+    mask[0] = False
+    feature_map = legacy_map(golden, 1e-6)
+
+    def function(query, key, value):
+        options = {"causal": causal, "key_mask": mask}
+        output = favor_attention(query, key, value, feature_map, **options)
+        return ops.sum(output * output)
+
+    _, found = gradients(function, *arrays)
+    assert all(np.isfinite(gradient).all() for gradient in found)
 
 
 @pytest.mark.parametrize("mode", ["bidirectional", "causal"])

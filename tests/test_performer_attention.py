@@ -332,6 +332,7 @@ MASK_SHAPES = {
     "1S": (1, KEY_LENGTH),
     "B1S": (BATCH, 1, KEY_LENGTH),
     "B11S": (BATCH, 1, 1, KEY_LENGTH),
+    "B11": (BATCH, 1, 1),
     "BK1S": (BATCH, 2, 1, KEY_LENGTH),
 }
 
@@ -345,7 +346,7 @@ def test_masks_of_keys_equal_numpy(shape, dtype):
     if shape == "BK1S":
         expected = oracle(layer_built(layer, inputs), *inputs, key_mask=mask[:, :, 0])
     else:
-        plain = np.broadcast_to(mask.reshape(-1, KEY_LENGTH), (BATCH, KEY_LENGTH))
+        plain = np.broadcast_to(mask.reshape(-1, mask.shape[-1]), (BATCH, KEY_LENGTH))
         expected = oracle(layer_built(layer, inputs), *inputs, key_mask=plain)
     assert_layer_close(run(layer, *inputs, attention_mask=mask.astype(dtype)), expected)
 
@@ -644,6 +645,23 @@ def test_dropout_takes_whole_keys_of_single_heads():
     assert_layer_close(output, numpy_output(layer, x, attended))
 
 
+def test_dropout_keeps_segments_apart_where_a_state_is_asked_for():
+    # A dropped first token must not pass for padding, which is of the segment before it.
+    segment_ids = np.repeat([[0, 1, 2, 3]], BATCH, 0).repeat(3, 1)
+    x = make_inputs(12)
+    other = x.copy()
+    other[:, :3] = make_inputs(3, seed=9)
+    options = {"use_causal_mask": True, "segment_ids": segment_ids, "training": True}
+    outputs = []
+    first = build(make_layer(num_heads=1, dropout=0.6), x, x)
+    for inputs in (x, other):
+        layer = build(make_layer(num_heads=1, dropout=0.6), x, x)  # one seed, the same keys
+        layer.set_weights(first.get_weights())
+        drawn = [layer(inputs, inputs, return_state=True, **options)[0] for _ in range(5)]
+        outputs.append(np.stack([to_numpy(output) for output in drawn]))
+    np.testing.assert_array_equal(outputs[0][:, :, 3:], outputs[1][:, :, 3:])
+
+
 @pytest.mark.parametrize("segments", [False, True])
 def test_dropout_leaves_the_grid_of_blocks_where_it_is(segments):
     # Nearly all keys are dropped, the first ones of rows and segments never.
@@ -901,7 +919,7 @@ def test_masks_at_their_place_in_a_functional_model():
         ({"attention_axes": (1, 2)}, r"along one axis.*Received: attention_axes=\(1, 2\)"),
         ({"rotary_max_wavelength": -1.0}, r"must be positive"),
         ({"rotary_max_wavelength": 100.0, "key_dim": 5}, r"key_dim even.*key_dim=5"),
-        ({"num_features": 0}, r"num_features must be a positive integer"),
+        ({"num_features": 0}, r"`num_features` must be an integer above zero"),
         ({"exact_window": 0}, "`exact_window` must be an integer above zero"),
         ({"num_sink_tokens": 2}, "needs an `exact_window`"),
         ({"exact_window": 4, "feature_map": "relu"}, "does not estimate"),
@@ -1199,3 +1217,8 @@ def test_positions_of_other_keys_are_refused():
     layer = make_layer(rotary_max_wavelength=100.0)
     with pytest.raises(ValueError, match=r"of one length\. Received: 6 queries, 4 keys"):
         layer(x, x[:, :4], positions=np.arange(6))
+    with pytest.raises(ValueError, match=r"of one length\. Received: 1 queries, 6 keys"):
+        layer(x[:, :1], x, initial_state=layer.initial_state(BATCH))
+    for shape in ((BATCH, 1), (7,), (BATCH, 6, 1)):
+        with pytest.raises(ValueError, match=r"positions must be integers of shape \(6,\) or"):
+            layer(x, x, positions=np.zeros(shape, "int32"))

@@ -155,6 +155,18 @@ def test_keras_compiles_it_on_jax_only():
     assert model.jit_compile == (BACKEND == "jax")
 
 
+@pytest.mark.parametrize("kind", ["encoder", "decoder", "crossing"])
+@pytest.mark.parametrize("built", [False, True])
+def test_encoder_outputs_go_with_blocks_that_attend_to_them(kind, built):
+    x = inputs()
+    stack = ReversibleStack(make_blocks(kind, count=2))
+    right, wrong = ((x, x), (x,)) if kind == "crossing" else ((x,), (x, x))
+    if built:
+        stack(*right)
+    with pytest.raises(ValueError, match="`encoder_outputs` go with decoder blocks of cross_att"):
+        stack(*wrong)
+
+
 def test_only_blocks_are_taken():
     with pytest.raises(TypeError, match=r"PerformerEncoderBlocks.*Received: <Dense"):
         ReversibleStack([keras.layers.Dense(3)])

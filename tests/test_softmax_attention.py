@@ -175,3 +175,19 @@ def test_what_a_state_cannot_have_is_refused():
     with pytest.raises(ValueError, match="Received: key_mask"):
         mask = make_mask(BATCH, KEY_HEADS, 5)
         softmax_attention(query, key, value, key_mask=mask, initial_state=state)
+    for wrong in ({}, {**state, "value": state["value"][:1]}):
+        with pytest.raises(ValueError, match="initial_state must hold `key`, `value` and"):
+            softmax_attention(query, key, value, initial_state=wrong)
+
+
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 2}], ids=["dense", "window"])
+def test_what_cannot_work_is_refused(options):
+    query, key, value = make_qkv(5)
+    with pytest.raises(ValueError, match="must be a multiple of the key heads"):
+        softmax_attention(query[:, :, :1], key, value, **options)
+    with pytest.raises(TypeError, match="query must be floating point"):
+        softmax_attention(query.astype("int32"), key, value, **options)
+    with pytest.raises(ValueError, match="key_mask must have the shape"):
+        softmax_attention(query, key, value, key_mask=np.ones((BATCH, 4), bool), **options)
+    with pytest.raises(ValueError, match="segment_ids needs queries and keys"):
+        softmax_attention(query, key[:, :3], value[:, :3], segment_ids=make_segments(5), **options)

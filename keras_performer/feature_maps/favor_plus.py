@@ -128,7 +128,9 @@ class FavorPlus(FeatureMap):
         values = ops.matmul(key, ops.transpose(rows))
         if key_mask is not None:
             values = ops.where(ops.expand_dims(key_mask, -1), values, -1e30)
-        return (*operands, ops.stop_gradient(ops.max(values, axis=(-2, -1), keepdims=True)))
+        largest = ops.stop_gradient(ops.max(values, axis=(-2, -1), keepdims=True))
+        # Of a row without keys: any number will do, but none that overflows, as its gradient would.
+        return (*operands, ops.where(largest > -1e29, largest, 0.0))
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor."""

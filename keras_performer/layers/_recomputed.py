@@ -38,7 +38,12 @@ def recomputed(
     states = [keras.ops.copy(v) for v in changing]
     # Read: TensorFlow counts the gradient of a variable among the arguments twice, run eagerly.
     weights = [keras.ops.reshape(v, v.shape) for v in lasting]
-    outputs, after = keras.remat(pure(function, lasting, changing))(states, weights, *tensors)
+    run = pure(function, lasting, changing)
+
+    def from_states(weights: Sequence[Any], *tensors: Any) -> tuple[Any, list[Any]]:
+        return run(states, weights, *tensors)  # no arguments: integers have no gradient
+
+    outputs, after = keras.remat(from_states)(weights, *tensors)
     for variable, value in zip(changing, after, strict=True):
         variable.assign(value)
     return outputs

@@ -43,7 +43,8 @@ class PerformerAttention(keras.layers.Layer):
 
         dropout: Drops whole keys, from numerator and denominator alike, afresh for each head and
             step, since there is no matrix of weights to drop from. A query whose keys are all
-            dropped gives zeros. With `exact_window` the first key of a row or segment stays.
+            dropped gives zeros. With `exact_window`, or with segments and a state, the first key
+            of a row or segment stays, and with a state the last one of a row.
         attention_axes: One axis; `None` on inputs of three axes. Several axes are refused.
         sliding_window: Attention becomes softmax attention within that band, exactly, in linear
             time; the feature map is not used then.
@@ -90,7 +91,8 @@ class PerformerAttention(keras.layers.Layer):
     (before the output projection), where `MultiHeadAttention` averages what it must not see. The
     mask of the query passes on to the output.
 
-    **Precision** Attention is computed in float32 under every policy.
+    **Precision** Attention is computed in float32 under every policy but "float64"; see
+    `keras_performer.ops.favor_attention`.
 
     **Cost** O(T N M (2 H + V)) multiply-adds beside the projections; memory linear in T.
 
@@ -184,7 +186,7 @@ class PerformerAttention(keras.layers.Layer):
         self.sliding_window = sliding_window
         self.qk_norm = qk_norm
         self.rotary_max_wavelength = rotary_max_wavelength
-        self.num_features = num_features
+        self.num_features = optional_int("num_features", num_features)
         self.exact_window = exact_window
         self.num_sink_tokens = int(num_sink_tokens)
         self.far_bias = None if far_bias is None else float(far_bias)
@@ -347,7 +349,11 @@ class PerformerAttention(keras.layers.Layer):
         key = value if key is None else key
         same_tokens = query is value and query is key
         rank, axis = len(query.shape), self._axis(len(query.shape))
-        _check_places(rank, segment_ids, positions, query.shape[1], value.shape[1])
+        streams = initial_state is not None or return_state
+        if positions is not None:
+            positions = ops.convert_to_tensor(positions)
+        one_line = streams and self.rotary_max_wavelength is not None
+        _check_places(rank, segment_ids, positions, query.shape, value.shape, one_line)
         gate = self._gate_dense(query) if self.use_gate else None
         outer_shape = None
         query, key, value = self._query_dense(query), self._key_dense(key), self._value_dense(value)
@@ -359,7 +365,6 @@ class PerformerAttention(keras.layers.Layer):
             outer_shape = moved[0][1]
             query, key, value = (x for x, _ in moved)
         mask = self._merge_key_masks(key, [value_mask, key_mask], attention_mask, rank)
-        streams = initial_state is not None or return_state
         next_position = None
         if streams:
             self._check_state_options(
@@ -407,6 +412,8 @@ class PerformerAttention(keras.layers.Layer):
 
     def initial_state(self, batch_size: Any, max_length: int | None = None) -> dict[str, Any]:
         """The state before the first token, to start a stream or a decoding loop from.
+
+        A stream with `segment_ids` starts from None: this state is of no segment.
 
         **Args**
             batch_size: B.
@@ -539,7 +546,11 @@ class PerformerAttention(keras.layers.Layer):
                 "pass training=False, or make the layer with dropout=0. Received: "
                 f"dropout={self.dropout}, training=True"
             )
-        if self._is_exact and initial_state is None and return_state:
+        if return_state:
+            self._check_start(initial_state)
+
+    def _check_start(self, initial_state: Any) -> None:
+        if self._is_exact and initial_state is None:
             raise ValueError(
                 "Exact attention needs a state to start from, which says how many keys it can "
                 "hold: pass initial_state=layer.initial_state(batch_size, max_length). "
@@ -603,6 +614,7 @@ class PerformerAttention(keras.layers.Layer):
         segment_ids: Any = None,
     ) -> dict[str, Any]:
         """The symbolic state that a call returns."""
+        self._check_start(initial_state)
         if initial_state is None:
             initial_state = self.initial_state(1)
             if not use_causal_mask:
@@ -615,6 +627,7 @@ class PerformerAttention(keras.layers.Layer):
                 (batch_size, *x.shape[1:]), keras.backend.standardize_dtype(x.dtype)
             )
             for name, x in initial_state.items()
+            if name != "segment_id"
         }
         if segment_ids is not None:
             dtype = keras.backend.standardize_dtype(segment_ids.dtype)
@@ -769,7 +782,7 @@ class PerformerAttention(keras.layers.Layer):
                 f"A mask of keys must have one row for each of the batch, {key.shape[0]}, or one "
                 f"for all. Received: a mask of shape {tuple(merged.shape)}"
             )
-        return ops.broadcast_to(merged, (ops.shape(key)[0], *shape[1:]))
+        return ops.broadcast_to(merged, (ops.shape(key)[0], *shape[1:-1], ops.shape(key)[1]))
 
     def _batch_key_mask(self, mask: Any, rank: int) -> Any:
         """A mask of the tokens of an input with several axes, (B, ..., S, ...), as (B', S)."""
@@ -817,9 +830,10 @@ class PerformerAttention(keras.layers.Layer):
             (batch, num_heads, length), dtype="float32", seed=self._seed_generator
         )
         kept = draw >= self.dropout
-        if self.exact_window:
+        if self.exact_window or (streams and segment_ids is not None):
             # The blocks of a row and of a segment begin where its first key is, and those of the
-            # next call go on where the last one is.
+            # next call go on where the last one is. With a state, masked keys are padding, and of
+            # the segment before them.
             borders = _borders(mask, segment_ids, kept, streams)
             kept = ops.logical_or(kept, ops.expand_dims(borders, 1))
         if mask is None:
@@ -883,18 +897,31 @@ def attention_layers(model: keras.Model) -> list[PerformerAttention]:
 
 
 def _check_places(
-    rank: int, segment_ids: Any, positions: Any, length: int | None, key_length: int | None
+    rank: int, segment_ids: Any, positions: Any, query_shape: Any, key_shape: Any, one_line: bool
 ) -> None:
-    """Raise ValueError for segments and positions that these inputs cannot have."""
+    """Raise ValueError for segments and positions that these inputs cannot have.
+
+    `one_line` says that queries and keys share their positions even if none are given.
+    """
     if rank > 3 and (segment_ids is not None or positions is not None):
         raise ValueError(
             "segment_ids and positions go with inputs of three axes: fold the outer ones into the "
             f"batch. Received: inputs of {rank} axes"
         )
-    if positions is not None and differ(length, key_length):
+    batch, length = query_shape[:2]
+    if (positions is not None or one_line) and differ(length, key_shape[1]):
         raise ValueError(
-            "positions are those of queries and keys, which must be of one length. Received: "
-            f"{length} queries, {key_length} keys"
+            "positions, and rotary ones that go on from a state, are those of queries and keys, "
+            f"which must be of one length. Received: {length} queries, {key_shape[1]} keys"
+        )
+    if positions is None:
+        return
+    shape = tuple(positions.shape)
+    expected = (batch, length)[-len(shape) :]
+    if len(shape) not in (1, 2) or any(map(differ, shape, expected)):
+        raise ValueError(
+            f"positions must be integers of shape ({length},) or ({batch}, {length}), one for each "
+            f"token. Received: positions of shape {shape}"
         )
 
 

@@ -39,7 +39,8 @@ class ReversibleStack(keras.layers.Layer):
     order a step for speed and keep more: on JAX each branch is a conditional there, and Keras
     compiles no model with this layer on TensorFlow.
 
-    **Raises** TypeError if a block is of another kind.
+    **Raises** TypeError if a block is of another kind; ValueError if the blocks attend to an
+    encoder and there is none, or the other way round.
 
     **Example**
 
@@ -71,6 +72,7 @@ class ReversibleStack(keras.layers.Layer):
         encoder_outputs_shape: tuple[int | None, ...] | None = None,
     ) -> None:
         """Build the blocks for inputs (B, T, D) and encoder outputs (B, S, D')."""
+        self._check_encoder(encoder_outputs_shape)
         for block in self.blocks:
             if block.built:
                 continue
@@ -90,6 +92,7 @@ class ReversibleStack(keras.layers.Layer):
         training: bool | None = None,
     ) -> Any:
         """Run the blocks; the arguments are theirs."""
+        self._check_encoder(encoder_outputs)
         named = {
             "key_mask": merge_masks(inputs, padding_mask),
             "encoder_padding_mask": merge_masks(encoder_outputs, encoder_padding_mask),
@@ -119,6 +122,17 @@ class ReversibleStack(keras.layers.Layer):
             for variable, value in zip(group, values, strict=True):
                 variable.assign(value)
         return ops.cast(0.5 * (first + second), self.compute_dtype)
+
+    def _check_encoder(self, encoder_outputs: Any) -> None:
+        for block in self.blocks:
+            crosses = bool(block.causal and block.cross_attention)
+            if (encoder_outputs is not None) != crosses:
+                raise ValueError(
+                    "`encoder_outputs` go with decoder blocks of cross_attention=True, and with "
+                    f"nothing else. Received: the block {block.name!r} with cross_attention="
+                    f"{crosses}, encoder_outputs "
+                    f"{'missing' if encoder_outputs is None else 'given'}"
+                )
 
     def call_with_state(
         self, inputs: Any, state: list[dict[str, Any]], padding_mask: Any = None

@@ -207,9 +207,68 @@ def differ(a: Any, b: Any) -> bool:
     return isinstance(a, int) and isinstance(b, int) and a != b
 
 
+def check_shapes(query: Any, key: Any, value: Any, causal: bool, segmented: bool) -> None:
+    """Raise unless queries (B, T, N, H), keys (B, S, K, H) and values (B, S, K, V) go together."""
+    shapes = {"query": query.shape, "key": key.shape, "value": value.shape}
+    received = "Received: " + ", ".join(f"{n}.shape={tuple(s)}" for n, s in shapes.items())
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if len(tensor.shape) != 4:
+            raise ValueError(
+                f"{name} must have four axes (batch, length, heads, head size). {received}"
+            )
+        if any(d == 0 for d in tensor.shape):
+            raise ValueError(f"{name} must not have an empty axis. {received}")
+        if not backend.is_float_dtype(dtype_of(tensor)):
+            raise TypeError(
+                f"{name} must be floating point; cast it first. Received: "
+                f"{name}.dtype={dtype_of(tensor)}"
+            )
+    if query.shape[3] != key.shape[3]:
+        raise ValueError(f"query and key must have the same head size (axis 3). {received}")
+    if key.shape[2] != value.shape[2]:
+        raise ValueError(f"key and value must have the same number of heads (axis 2). {received}")
+    if query.shape[2] % key.shape[2]:
+        raise ValueError(
+            f"The number of query heads must be a multiple of the key heads' (axis 2). {received}"
+        )
+    if differ(key.shape[1], value.shape[1]):
+        raise ValueError(f"key and value must have the same length (axis 1). {received}")
+    for tensor in (key, value):
+        if differ(query.shape[0], tensor.shape[0]):
+            raise ValueError(f"query, key and value must have one batch size (axis 0). {received}")
+    if (causal or segmented) and differ(query.shape[1], key.shape[1]):
+        what = "causal=True" if causal else "segment_ids"
+        raise ValueError(
+            f"{what} needs queries and keys of the same positions, of one length (axis 1). "
+            f"{received}"
+        )
+
+
+def check_key_mask(
+    key_mask: Any, batch: int | None, num_heads: int | None, length: int | None
+) -> Any:
+    """Return a mask of keys as boolean (B, 1 or K, S); raise ValueError for other shapes."""
+    key_mask = ops.cast(ops.convert_to_tensor(key_mask), "bool")
+    shape = tuple(key_mask.shape)
+    expected = (batch, length) if len(shape) == 2 else (batch, num_heads, length)
+    if len(shape) not in (2, 3) or any(differ(a, b) for a, b in zip(shape, expected, strict=True)):
+        raise ValueError(
+            "key_mask must have the shape (batch, key length) or (batch, key heads, key length), "
+            f"here ({batch}, {length}) or ({batch}, {num_heads}, {length}). Masks that differ "
+            "between queries cannot be honoured in linear time: use causal=True or segment_ids. "
+            f"Received: key_mask.shape={shape}"
+        )
+    return key_mask if len(shape) == 3 else ops.expand_dims(key_mask, 1)
+
+
 def check_segment_ids(segment_ids: Any, query: Any) -> Any:
-    """Return ids as a tensor; raise ValueError unless there is one for each of (B, T, ...)."""
+    """Return ids as a tensor; raise unless there is an integer for each of (B, T, ...)."""
     segment_ids = ops.convert_to_tensor(segment_ids)
+    if backend.is_float_dtype(dtype_of(segment_ids)):
+        raise TypeError(
+            "segment_ids must be integers; cast them first. Received: segment_ids of type "
+            f"{dtype_of(segment_ids)}"
+        )
     shape, expected = tuple(segment_ids.shape), tuple(query.shape[:2])
     if len(shape) != 2 or any(differ(a, b) for a, b in zip(shape, expected, strict=True)):
         raise ValueError(

@@ -200,6 +200,8 @@ def initial_carry(state, key, value, feature_map, key_sum=0.0):
     """The sums with their column of key sums (B, K, M, V+1), and their log scale (B, K, 1, 1)."""
     if state is not None:
         scale = ops.max(state["log_max"], axis=-1, keepdims=True)
+        if not feature_map.log_space:  # whose sums are never rescaled
+            scale = ops.zeros_like(scale)
         factor = exp(state["log_max"] - scale)
         sums = ops.concatenate(
             [

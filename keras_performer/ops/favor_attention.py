@@ -1,14 +1,17 @@
 """The op: its contract, its checks, and the choice of an implementation."""
 
+import numbers
 from typing import Any
 
-from keras import backend, ops
+from keras import ops
 from keras.utils import is_keras_tensor
 
 from keras_performer.ops import _blocked, _chunked, _fused, _near_field, _reference, _windowed
 from keras_performer.ops._chunks import (
     LOG_ZERO,
+    check_key_mask,
     check_segment_ids,
+    check_shapes,
     differ,
     dtype_of,
     run_indices,
@@ -98,12 +101,13 @@ def favor_attention(
     unmasked key of a row give then is finite, and not specified.
 
     **Precision** Features, sums and quotients are float32 whatever the input type, float64 for
-    float64. No epsilon is added; the features of one token span 70 nats, and smaller ones are held
-    there, which changes results only beyond six to ten times the norms of unit Gaussian vectors of
-    64 numbers. The gradient treats `log_max` as a constant, so differentiate
-    functions of `exp(log_max) * kv`, which do not depend on it. Of 16-bit tensors the fused kernels
-    round the factors of products to ten bits of mantissa. On TPUs and recent GPUs JAX and
-    TensorFlow do so to float32 too, as everywhere in a model, unless
+    float64 (on PyTorch as accurate as float32, in which Keras computes some of them there). No
+    epsilon is added; the features of one token span 70 nats, and smaller ones are held there, which
+    changes results only beyond six to ten times the norms of unit Gaussian vectors of 64 numbers.
+    The gradient treats `log_max` as a constant, so differentiate functions of `exp(log_max) * kv`,
+    which do not depend on it. Of 16-bit tensors the fused kernels round the factors of products to
+    ten bits of mantissa. On TPUs and recent GPUs JAX and TensorFlow do so to float32 too, as
+    everywhere in a model, unless
     `jax.config.update("jax_default_matmul_precision", "highest")` or
     `tf.config.experimental.enable_tensor_float_32_execution(False)` says otherwise. The gradients
     of the fused kernels, and on PyTorch all of them, cannot be differentiated again.
@@ -113,7 +117,8 @@ def favor_attention(
     most 128 + 2 W).
     Memory O(T N (H + V) + (T / C) K M V); the backward pass recomputes features and scores.
 
-    **Raises** ValueError or TypeError for shapes, types and combinations that cannot work.
+    **Raises** ValueError or TypeError for shapes, types and combinations that cannot work;
+    NotImplementedError where the `implementation` that is named cannot do what is asked.
 
     **Example**
 
@@ -133,15 +138,11 @@ def favor_attention(
                 "favor_attention works on tensors, not on symbolic inputs. In a functional model "
                 f"use keras_performer.layers.PerformerAttention. Received: {name}={tensor}"
             )
-    if not callable(getattr(feature_map, "features", None)):
-        raise TypeError(
-            "feature_map must be a keras_performer.feature_maps.FeatureMap, such as FavorPlus(). "
-            f"Received: feature_map={feature_map!r}"
-        )
     query, key, value = (ops.convert_to_tensor(t) for t in (query, key, value))
-    _check_shapes(query, key, value, causal, segment_ids is not None)
+    check_shapes(query, key, value, causal, segment_ids is not None)
     if segment_ids is not None:
         segment_ids = check_segment_ids(segment_ids, query)
+    _check_feature_map(feature_map)
     exact_window = _check_window(exact_window, num_sink_tokens, feature_map, query, key)
     far_bias = _check_far_bias(far_bias, exact_window, key)
     chosen = _choose(
@@ -163,7 +164,7 @@ def favor_attention(
     query = ops.transpose(ops.reshape(query, grouped), (0, 2, 3, 1, 4))
     key, value = (ops.transpose(t, (0, 2, 1, 3)) for t in (key, value))
     if key_mask is not None:
-        key_mask = _check_key_mask(key_mask, key)
+        key_mask = check_key_mask(key_mask, key.shape[0], key.shape[1], key.shape[2])
         key, value = (ops.where(ops.expand_dims(key_mask, -1), t, 0.0) for t in (key, value))
     runs = None
     if segment_ids is not None:
@@ -206,6 +207,8 @@ def favor_attention(
     output = ops.cast(output, output_dtype)
     if not return_state:
         return output
+    # Keras promotes float64 to float32 on PyTorch here and there.
+    state |= {name: ops.cast(state[name], dtype) for name in ("kv", "k_sum", "log_max")}
     if segment_ids is not None:
         state["segment_id"] = segment_ids[:, -1]
     return output, state
@@ -257,7 +260,8 @@ def empty_favor_state(
 ) -> dict[str, Any]:
     """The state of `favor_attention` before the first key.
 
-    Passing it is passing no state; loops that carry a state start from it.
+    Passing it is passing no state; loops that carry a state start from it. With `segment_ids` they
+    start from None: this state is of no segment.
 
     **Args**
         feature_map: A built feature map with M features.
@@ -324,9 +328,10 @@ def favor_attention_weights(
     (1, 2, 5, 5)
     """
     query, key = ops.convert_to_tensor(query), ops.convert_to_tensor(key)
-    _check_shapes(query, key, key, causal, segment_ids is not None)
+    check_shapes(query, key, key, causal, segment_ids is not None)
     if segment_ids is not None:
         segment_ids = check_segment_ids(segment_ids, query)
+    _check_feature_map(feature_map)
     exact_window = _check_window(exact_window, num_sink_tokens, feature_map, query, key)
     far_bias = _check_far_bias(far_bias, exact_window, key)
     _build(feature_map, key)
@@ -339,7 +344,7 @@ def favor_attention_weights(
     query = ops.transpose(ops.reshape(query, grouped), (0, 2, 3, 1, 4))
     key = ops.transpose(key, (0, 2, 1, 3))
     if key_mask is not None:
-        key_mask = _check_key_mask(key_mask, key)
+        key_mask = check_key_mask(key_mask, key.shape[0], key.shape[1], key.shape[2])
         key = ops.where(ops.expand_dims(key_mask, -1), key, 0.0)
     runs = None if segment_ids is None else _run_indices(segment_ids, None)
     near = None
@@ -362,6 +367,14 @@ def favor_attention_weights(
     return ops.cast(weights, output_dtype)
 
 
+def _check_feature_map(feature_map: Any) -> None:
+    if not callable(getattr(feature_map, "features", None)):
+        raise TypeError(
+            "feature_map must be a keras_performer.feature_maps.FeatureMap, such as FavorPlus(). "
+            f"Received: feature_map={feature_map!r}"
+        )
+
+
 def _build(feature_map: Any, key: Any) -> None:
     if not feature_map.built:
         feature_map.build(tuple(key.shape))
@@ -373,12 +386,8 @@ def _build(feature_map: Any, key: Any) -> None:
 
 
 def _choose(implementation: str, tensors: tuple[Any, ...], feature_map: Any, **kind: Any) -> str:
-    if implementation == "auto":
-        refusals = {name: module.why_not(**kind) for name, module in IMPLEMENTATIONS.items()}
-        for name, refusal in refusals.items():
-            if refusal is None:
-                return name
-        raise NotImplementedError(next(iter(refusals.values())))
+    if implementation == "auto":  # "reference" refuses nothing
+        return next(n for n, module in IMPLEMENTATIONS.items() if module.why_not(**kind) is None)
     if implementation in FUSED:
         refusal = FUSED[implementation].why_not(tensors, feature_map, **kind)
     elif implementation in IMPLEMENTATIONS:
@@ -391,58 +400,6 @@ def _choose(implementation: str, tensors: tuple[Any, ...], feature_map: Any, **k
     if refusal is not None:
         raise NotImplementedError(refusal)
     return implementation
-
-
-def _check_shapes(query: Any, key: Any, value: Any, causal: bool, segmented: bool) -> None:
-    shapes = {"query": query.shape, "key": key.shape, "value": value.shape}
-    received = "Received: " + ", ".join(f"{n}.shape={tuple(s)}" for n, s in shapes.items())
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if len(tensor.shape) != 4:
-            raise ValueError(
-                f"{name} must have four axes (batch, length, heads, head size). {received}"
-            )
-        if any(d == 0 for d in tensor.shape):
-            raise ValueError(f"{name} must not have an empty axis. {received}")
-        if not backend.is_float_dtype(dtype_of(tensor)):
-            raise TypeError(
-                f"{name} must be floating point; cast it first. Received: "
-                f"{name}.dtype={dtype_of(tensor)}"
-            )
-    if query.shape[3] != key.shape[3]:
-        raise ValueError(f"query and key must have the same head size (axis 3). {received}")
-    if key.shape[2] != value.shape[2]:
-        raise ValueError(f"key and value must have the same number of heads (axis 2). {received}")
-    if query.shape[2] % key.shape[2]:
-        raise ValueError(
-            f"The number of query heads must be a multiple of the key heads' (axis 2). {received}"
-        )
-    if differ(key.shape[1], value.shape[1]):
-        raise ValueError(f"key and value must have the same length (axis 1). {received}")
-    for tensor in (key, value):
-        if differ(query.shape[0], tensor.shape[0]):
-            raise ValueError(f"query, key and value must have one batch size (axis 0). {received}")
-    if (causal or segmented) and differ(query.shape[1], key.shape[1]):
-        what = "causal=True" if causal else "segment_ids"
-        raise ValueError(
-            f"{what} needs queries and keys of the same positions, of one length (axis 1). "
-            f"{received}"
-        )
-
-
-def _check_key_mask(key_mask: Any, key: Any) -> Any:
-    """Give the mask the shape (B, 1 or K, S)."""
-    key_mask = ops.cast(ops.convert_to_tensor(key_mask), "bool")
-    batch, num_heads, length, _ = key.shape
-    shape = tuple(key_mask.shape)
-    expected = (batch, length) if len(shape) == 2 else (batch, num_heads, length)
-    if len(shape) not in (2, 3) or any(differ(a, b) for a, b in zip(shape, expected, strict=True)):
-        raise ValueError(
-            "key_mask must have the shape (batch, key length) or (batch, key heads, key length), "
-            f"here ({batch}, {length}) or ({batch}, {num_heads}, {length}). Masks that differ "
-            "between queries cannot be honoured in linear time: use causal=True or segment_ids. "
-            f"Received: key_mask.shape={shape}"
-        )
-    return key_mask if len(shape) == 3 else ops.expand_dims(key_mask, 1)
 
 
 def _run_indices(segment_ids: Any, initial_state: dict[str, Any] | None) -> Any:
@@ -477,11 +434,9 @@ def _without_padding(segment_ids: Any, key_mask: Any, initial_state: dict[str, A
 def _check_window(
     exact_window: int | None, num_sink_tokens: int, feature_map: Any, query: Any, key: Any
 ) -> int | None:
-    for name, count in (("exact_window", exact_window), ("num_sink_tokens", num_sink_tokens)):
-        if not (count is None or (isinstance(count, int) and count >= 0)):
-            raise ValueError(
-                f"{name} must be None or an integer of at least 0. Received: {name}={count!r}"
-            )
+    for name, count in (("exact_window", exact_window or 0), ("num_sink_tokens", num_sink_tokens)):
+        if isinstance(count, bool) or not isinstance(count, numbers.Integral) or count < 0:
+            raise ValueError(f"{name} must be an integer of at least 0. Received: {name}={count!r}")
     if not exact_window:
         if num_sink_tokens:
             raise ValueError(
@@ -501,7 +456,7 @@ def _check_window(
             "cross-attention no key is near. Received: "
             f"query.shape={tuple(query.shape)}, key.shape={tuple(key.shape)}"
         )
-    return exact_window
+    return int(exact_window)
 
 
 def _check_far_bias(far_bias: Any, exact_window: int | None, key: Any) -> Any:

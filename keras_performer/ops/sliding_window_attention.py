@@ -6,7 +6,9 @@ from keras import ops
 
 from keras_performer.ops._chunks import (
     LOG_ZERO,
+    check_key_mask,
     check_segment_ids,
+    check_shapes,
     dtype_of,
     exp,
     hide,
@@ -48,11 +50,12 @@ def sliding_window_attention(
 
     **Masking** A query that sees no key gives zeros.
 
-    **Precision** float32 whatever the input type, float64 for float64.
+    **Precision** float32 whatever the input type, float64 for float64; see `favor_attention`.
 
     **Cost** O(T N W (H + V)) time with W = max(sliding_window, 64), and O(T N (H + V)) memory.
 
-    **Raises** ValueError for a window that is not a positive integer.
+    **Raises** ValueError for a window that is not a positive integer; ValueError or TypeError for
+    shapes and types that cannot work.
 
     **Example**
 
@@ -69,6 +72,7 @@ def sliding_window_attention(
             f"Received: sliding_window={sliding_window!r}"
         )
     query, key, value = (ops.convert_to_tensor(t) for t in (query, key, value))
+    check_shapes(query, key, value, False, segment_ids is not None)
     if segment_ids is not None:
         segment_ids = check_segment_ids(segment_ids, query)
     output_dtype = dtype_of(query)
@@ -85,8 +89,7 @@ def sliding_window_attention(
     if key_mask is None:
         key_mask = ops.ones((batch, 1, key_length), "bool")
     else:
-        key_mask = ops.cast(key_mask, "bool")
-        key_mask = key_mask if len(key_mask.shape) == 3 else ops.expand_dims(key_mask, 1)
+        key_mask = check_key_mask(key_mask, key.shape[0], key.shape[1], key.shape[2])
         key, value = (ops.where(ops.expand_dims(key_mask, -1), t, 0.0) for t in (key, value))
     value, mask = with_ones(value, key_mask), ops.expand_dims(key_mask, -1)
 

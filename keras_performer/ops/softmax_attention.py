@@ -6,7 +6,10 @@ from typing import Any
 from keras import ops
 
 from keras_performer.ops._chunks import (
+    check_key_mask,
     check_segment_ids,
+    check_shapes,
+    differ,
     dtype_of,
     run_indices,
     same_run,
@@ -50,8 +53,9 @@ def softmax_attention(
 
     **Cost** O(T S N (H + V)) time; with a window W, O(T N W (H + V)).
 
-    **Raises** ValueError for a state together with `segment_ids` or a mask per head, and for
-    `return_state` without `initial_state`, whose capacity is not known then.
+    **Raises** ValueError or TypeError for shapes and types that cannot work; ValueError for a state
+    together with `segment_ids` or a mask per head, and for `return_state` without `initial_state`,
+    whose capacity is not known then.
 
     **Example**
 
@@ -62,7 +66,9 @@ def softmax_attention(
     **Source** Vaswani et al. 2017, arXiv 1706.03762, section 3.2.
     """
     query, key, value = (ops.convert_to_tensor(t) for t in (query, key, value))
+    check_shapes(query, key, value, causal, segment_ids is not None)
     if key_mask is not None:
+        check_key_mask(key_mask, key.shape[0], key.shape[2], key.shape[1])
         key_mask = ops.cast(key_mask, "bool")
         key, value = _drop(key, key_mask), _drop(value, key_mask)
     masks = {"key_mask": key_mask, "segment_ids": segment_ids}
@@ -85,6 +91,7 @@ def softmax_attention(
             "Softmax attention with a state takes a key_mask (batch, length) and no segment_ids. "
             f"Received: {', '.join(name for name, mask in masks.items() if mask is not None)}"
         )
+    _check_state(initial_state, key, value)
     capacity, length = ops.shape(initial_state["key"])[1], query.shape[1]
     if key_mask is None:
         key_mask = ops.ones(ops.shape(key)[:2], "bool")
@@ -113,8 +120,8 @@ def softmax_attention(
     start = ops.cast(ops.where(ops.any(key_mask, axis=1), following, 0), "int32")
     kept = ops.expand_dims(start, -1) + ops.arange(capacity, dtype="int32")
     state = {
-        name: ops.take_along_axis(tensor, ops.reshape(kept, (-1, capacity, *ones)), axis=1)
-        for name, tensor, ones in (("key", keys, (1, 1)), ("value", values, (1, 1)))
+        name: ops.take_along_axis(tensor, ops.reshape(kept, (-1, capacity, 1, 1)), axis=1)
+        for name, tensor in (("key", keys), ("value", values))
     }
     return output, {**state, "key_mask": ops.take_along_axis(mask, kept, axis=1)}
 
@@ -180,6 +187,22 @@ def softmax_weights(
     if visible is not None:
         weights = ops.where(ops.any(visible, axis=-1, keepdims=True), weights, 0.0)
     return ops.cast(weights, output_dtype)
+
+
+def _check_state(state: dict[str, Any], key: Any, value: Any) -> None:
+    batch, _, num_heads, head_dim = key.shape
+    heads = (batch, None, num_heads)
+    expected = {"key": (*heads, head_dim), "value": (*heads, value.shape[3])}
+    for name, shape in {**expected, "key_mask": (batch, None)}.items():
+        found = tuple(state[name].shape) if name in state else ()
+        if len(found) != len(shape) or any(map(differ, found, shape)):
+            raise ValueError(
+                "initial_state must hold `key`, `value` and `key_mask` of as many rows and heads "
+                "as the new keys: pass a state that was returned, or `empty_softmax_state(...)`. "
+                f"Expected {name} of shape {shape}. Received: initial_state with "
+                f"{', '.join(sorted(state)) or 'nothing'}"
+                + (f", {name} of shape {found}" if found else "")
+            )
 
 
 def _drop(x: Any, key_mask: Any) -> Any:
