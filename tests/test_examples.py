@@ -119,6 +119,8 @@ def test_a_folder_and_a_file_of_text(tmp_path):
         ("x.txt", b"\xff\xfe", {}, "no UTF-8"),
         ("x.txt", b"a", {"label_field": "b"}, "only JSONL and CSV files hold labels"),
         ("x.txt.gz", gzip.compress(b"a" * 99)[:-9], {}, "cut short or damaged"),
+        # Ten bytes of header, then one that no compressed block begins with.
+        ("x.txt.gz", gzip.compress(b"a")[:10] + b"\xff" * 9, {}, "cut short or damaged"),
     ],
 )
 def test_what_cannot_be_read_is_told(tmp_path, name, content, arguments, message):

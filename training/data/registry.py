@@ -9,6 +9,7 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -27,6 +28,23 @@ def cache_folder() -> Path:
     folder = Path(os.environ.get("KERAS_PERFORMER_CACHE") or Path(base) / "keras_performer")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give the name of a file to write, which becomes `path` unless something went wrong.
+
+    Nobody reads half of a file then, however many processes write it at a time.
+
+    **Example**
+
+    >>> with replacing(cache_folder() / "table.txt") as unfinished:  # doctest: +SKIP
+    ...     unfinished.write_text("all of it")
+    """
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        unfinished = Path(scratch) / path.name
+        yield unfinished
+        unfinished.replace(path)
 
 
 def fetch_debian_package(name: str, version: str, sha256: str) -> Path:
