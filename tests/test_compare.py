@@ -27,6 +27,7 @@ SMALL = {
     "model.intermediate_dim": 16,
     "model.num_features": 8,
     "model.exact_window": 0,
+    "model.far_bias": 0.0,
     "model.dropout": 0.0,
     "training.steps": 6,
     "training.steps_per_epoch": 2,

@@ -94,6 +94,12 @@ def test_a_bad_file_is_named(tmp_path, path):
         load_config(Whole, path)
 
 
+def test_a_map_that_chooses_its_own_number_of_features():
+    overrides = ["model.feature_map=elu", "model.num_features=0"]
+    config = load_config(Config, DEFAULT_CONFIG, overrides)
+    assert config.model.arguments()["num_features"] is None
+
+
 def test_the_shipped_config_is_valid_and_checked():
     assert load_config(Config, DEFAULT_CONFIG).data.sequence_length <= 512
     with pytest.raises(ValueError, match=r"'training\.steps' must be a multiple"):

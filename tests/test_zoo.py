@@ -29,11 +29,13 @@ from keras_performer.models import (
     PerformerMaskedLMPreprocessor,
     ProteinTokenizer,
 )
+from keras_performer.presets import preset_path
 
 if importlib.util.find_spec("matplotlib") is None:
     pytest.skip("needs matplotlib, of the extra [train]", allow_module_level=True)
 
 from training import causal_lm
+from training.backbones import preset_facts
 from training.config import load_config
 from zoo.build import _causal_lm, _runs, performer_antibody_small, tables
 from zoo.build._card import card
@@ -442,7 +444,7 @@ def test_a_card_says_how_far_the_twin_came_and_what_all_processes_took(tmp_path,
     model = {
         "config": {"training": {"steps": 40, "steps_per_epoch": 10, "batch_size": 2}},
         "training": {"history": epochs(3.0, 2.0), "fit_seconds": 1.5},
-        **{"seconds": 2.0, "keras": "3", "backend": "torch"},
+        **{"seconds": 2.0, "keras": "3", "backend": "torch", "machine": "one core"},
     }
     # The last of the processes took two seconds, one and a half of them of the training.
     assert facts(model, 3.0)["wall_seconds"] == 2 * 2.0 + 0.5
@@ -481,6 +483,36 @@ def test_a_finished_run_is_used_though_its_config_has_new_keys(tmp_path, monkeyp
     assert _runs.run(causal_lm, "text_causal_lm.toml", "text", "seed=2")[0] == "trained anew"
     (output / "backup").mkdir()
     assert _runs.run(causal_lm, "text_causal_lm.toml", "text")[0] == "trained anew"
+
+
+def test_a_run_on_a_preset_whose_weights_changed_is_trained_anew(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(_runs, "CONFIGS", ROOT / "training" / "configs")
+    monkeypatch.setattr(causal_lm, "main", lambda arguments: "trained anew")
+    weights = Path("start") / "model.weights.h5"
+    weights.parent.mkdir()
+    weights.write_bytes(b"some")
+    config = load_config(causal_lm.Config, _runs.CONFIGS / "text_causal_lm.toml")
+    metrics = {"config": dataclasses.asdict(config), **preset_facts("start")}
+    output = Path("runs") / "text"
+    output.mkdir(parents=True)
+    (output / "metrics.json").write_text(json.dumps(metrics))
+    build = functools.partial(_runs.run, causal_lm, "text_causal_lm.toml", "text")
+    assert build(preset="start")[0] == metrics
+    assert build()[0] == "trained anew"
+    weights.write_bytes(b"others")
+    assert build(preset="start")[0] == "trained anew"
+
+
+def test_what_tells_presets_apart():
+    assert (
+        preset_facts("performer_tiny")["preset_sha256"]
+        != (preset_facts("performer_protein_small")["preset_sha256"])
+    )
+    name, folder = preset_facts("performer_tiny"), preset_facts(preset_path("performer_tiny"))
+    assert name["preset_sha256"] == folder["preset_sha256"]
+    assert preset_facts("hf://someone/else")["preset_sha256"] == "hf://someone/else"
+    assert preset_facts(None) == {"preset": None, "preset_sha256": None}
 
 
 def test_the_card_of_a_causal_twin_says_how_many_windows_it_had(monkeypatch):

@@ -1,8 +1,11 @@
 """The backbone that a task is put on: a new one, or one that was pretrained."""
 
 import argparse
+import hashlib
+import os
 from typing import Any
 
+from keras_performer.presets import local_folder, presets, sha256
 from training.sections import ModelConfig
 
 # Keras chooses its backend when it is imported, so nothing that imports it stands up here.
@@ -18,6 +21,22 @@ def add_preset_flag(
         help=f"train on {what}; its shape and attention replace those of [model], of which only "
         "dropout is read then",
     )  # fmt: skip
+
+
+def preset_facts(preset: str | os.PathLike[str] | None) -> dict[str, str | None]:
+    """Return the name of a preset, as `preset`, and what tells its weights from others.
+
+    **Returns** `preset_sha256` is the sha256 of the files of its weights, or the name itself of one
+    that a hub keeps. Both are None without a preset.
+    """
+    if preset is None:
+        return {"preset": None, "preset_sha256": None}
+    name = os.fspath(preset)
+    found = name
+    if os.path.isdir(name) or name in presets():
+        weights = sorted(local_folder(name).glob("*.h5"))
+        found = hashlib.sha256("".join(map(sha256, weights)).encode()).hexdigest()
+    return {"preset": name, "preset_sha256": found}
 
 
 def build_backbone(

@@ -17,7 +17,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from training.backbones import add_preset_flag, backbone_phrase, build_backbone
+from training.backbones import add_preset_flag, backbone_phrase, build_backbone, preset_facts
 from training.command import make_parser, prepare_output, start_keras, use_devices
 from training.config import load_config
 from training.data.byte_pairs import SMALLEST_VOCABULARY, learn_byte_pairs
@@ -35,6 +35,7 @@ from training.results import (
     run_table,
     spread,
 )
+from training.scores import mean_and_error
 from training.sections import Experiment, ModelConfig, TrainingConfig, require
 
 if TYPE_CHECKING:
@@ -137,8 +138,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         config = load_config(Config, arguments.config, arguments.set)
         use_devices(arguments, config)
         corpus = read_corpus(config, arguments.file, arguments.fasta)
+        start = preset_facts(arguments.preset)
         digest = texts_sha256(
-            corpus.train, corpus.validation, corpus.test, [arguments.preset or ""]
+            corpus.train, corpus.validation, corpus.test, [start["preset_sha256"] or ""]
         )
         model, tokenizer = build_model(config, corpus, arguments.preset, arguments.backend)
         output = prepare_output(arguments.output, config, digest)
@@ -183,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     seconds, num_tokens = time.perf_counter() - started, windows["train"].num_tokens
     metrics.update(run_facts(config, corpus.source, seconds, train_tokens=num_tokens))
-    metrics["preset"] = arguments.preset
+    metrics.update(start)
     finish(output, metrics, console)
     return metrics
 
@@ -384,7 +386,7 @@ def compare(
     **Returns** For each: cross-entropy in nats a token, perplexity and accuracy over all predicted
     tokens, and for text bits per byte (end tokens are predicted, and their cost is counted). Then
     the difference of the mean cross-entropy of each sequence, baseline minus model: its mean over
-    sequences, and from two sequences on the standard error of that mean, and their ratio.
+    sequences, and the standard error of that mean, None for one sequence.
     """
     texts = corpus.test
     totals = {name: np.zeros(len(texts)) for name in ("model", "unigram")}
@@ -416,17 +418,13 @@ def compare(
             num_bytes = sum(len(text.encode()) for text in texts)
             result[name]["bits_per_byte"] = float(total.sum() / np.log(2) / num_bytes)
     differences = (totals["unigram"] - totals["model"]) / np.maximum(counts, 1)
-    result["difference"] = {"mean": float(differences.mean())}
-    if len(texts) > 1:
-        error = float(differences.std(ddof=1) / np.sqrt(len(texts)))
-        result["difference"]["standard_error"] = error
-        result["difference"]["standard_errors"] = float(differences.mean() / error)
+    result["difference"] = mean_and_error(differences)
     return result
 
 
 def comparison_table(result: dict[str, Any]) -> Table:
     """Return the figures of `compare` as a table."""
-    difference = result["difference"]
+    mean, error = (result["difference"][key] for key in ("mean", "standard_error"))
     columns = {
         "cross_entropy": "cross-entropy",
         "perplexity": "perplexity",
@@ -436,9 +434,8 @@ def comparison_table(result: dict[str, Any]) -> Table:
     columns = {key: title for key, title in columns.items() if key in result["model"]}
     table = Table(
         title=f"{result['tokens']:,} tokens of {result['sequences']:,} held-out sequences",
-        caption=f"Cross-entropy below the unigram baseline's, mean over sequences: "
-        f"{difference['mean']:.4f}"
-        + (f" ± {difference['standard_error']:.4f}" if "standard_error" in difference else ""),
+        caption="Cross-entropy below the unigram baseline's, mean over sequences: "
+        + (f"{mean:.4f}" if error is None else f"{mean:.4f} ± {error:.4f}"),
     )
     for column in ("", *columns.values()):
         table.add_column(column, justify="right")

@@ -22,7 +22,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from training.backbones import add_preset_flag, backbone_phrase, build_backbone
+from training.backbones import add_preset_flag, backbone_phrase, build_backbone, preset_facts
 from training.command import (
     make_parser,
     prepare_output,
@@ -226,7 +226,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         config = load_config(Config, arguments.config, arguments.set)
         use_devices(arguments, config)
         corpus = read_corpus(config, arguments.file)
-        digest = texts_sha256([corpus.sha256, arguments.preset or ""])
+        start = preset_facts(arguments.preset)
+        digest = texts_sha256([corpus.sha256, start["preset_sha256"] or ""])
         model = build_model(config, corpus, arguments.preset, arguments.backend)
         output = prepare_output(arguments.output, config, digest)
     except (ImportError, OSError, TypeError, ValueError) as error:
@@ -252,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     counts = {f"{split}_examples": len(part.labels) for split, part in corpus.parts.items()}
     seconds = time.perf_counter() - started
     metrics.update(run_facts(config, corpus.source, seconds, **counts))
-    metrics.update(preset=arguments.preset, attention=model.backbone.attention)
+    metrics.update(start, attention=model.backbone.attention)
     finish(output, metrics, console)
     return metrics
 

@@ -27,7 +27,7 @@ from rich.table import Table
 
 from training.command import make_parser, start_keras, write_json
 from training.config import load_config
-from training.results import peak_bytes
+from training.results import is_finished, peak_bytes
 from training.sections import ATTENTIONS
 
 # Keras chooses its backend when it is imported, so nothing that imports it stands up here.
@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     # 3. Train. A run that is finished is not repeated, and one that was killed goes on.
     for attention in attentions:
-        if not (output / attention / "metrics.json").is_file():
+        if not is_finished(output / attention):
             run_in_child(argv, "train", attention)
 
     # 4. One table, one plot.

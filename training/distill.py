@@ -26,6 +26,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from training.backbones import preset_facts
 from training.command import make_parser, prepare_output, start_keras
 from training.config import load_config
 from training.data.antibodies import CHAINS, load_antibodies, load_human_heavy_chains
@@ -156,7 +157,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         start_keras(arguments.backend, config.seed)
         teacher = load_teacher(config, arguments.preset)
         train, heldout, source = read_sequences(config, teacher, arguments.fasta)
-        digest = texts_sha256(train, *heldout.values(), [str(arguments.preset or "")])
+        start = preset_facts(arguments.preset)
+        digest = texts_sha256(train, *heldout.values(), [start["preset_sha256"] or ""])
         student = convert(config, teacher)
         output = prepare_output(arguments.output, config, digest)
     except (ImportError, OSError, TypeError, ValueError) as error:
@@ -213,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     counts = {"train_sequences": len(train)}
     counts.update({f"{part}_sequences": len(x) for part, x in heldout.items()})
     metrics.update(run_facts(config, source, time.perf_counter() - started, **counts))
-    metrics.update(model=name, mean_tokens=2 + float(np.mean([len(s) for s in train])))
+    metrics.update(start, model=name, mean_tokens=2 + float(np.mean([len(s) for s in train])))
     finish(output, metrics, console)
     return metrics
 

@@ -8,7 +8,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from training.scores import log_probabilities
+from training.scores import log_probabilities, mean_and_error
 from training.sections import require
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def compare(
 
     **Returns** For each: cross-entropy, its exponential (perplexity) and accuracy over all masked
     tokens. Then the difference of the mean cross-entropy of each example, baseline minus model: its
-    mean over examples, the standard error of that mean, and their ratio.
+    mean over examples and the standard error of that mean.
     """
     scores: dict[str, list[np.ndarray]] = {"model": [], "unigram": []}
     hits = {"model": 0.0, "unigram": 0.0}
@@ -169,12 +169,7 @@ def compare(
             "accuracy": hits[name] / float(places.sum()),
         }
     differences = per_example["unigram"] - per_example["model"]
-    error = float(differences.std(ddof=1) / np.sqrt(len(differences)))
-    result["difference"] = {
-        "mean": float(differences.mean()),
-        "standard_error": error,
-        "standard_errors": float(differences.mean() / error),
-    }
+    result["difference"] = mean_and_error(differences)
     return result
 
 
@@ -191,7 +186,7 @@ def comparison_table(result: dict[str, Any], title: str, examples: str) -> Table
         title=title,
         caption=f"Cross-entropy below the unigram baseline's, mean over {examples}: "
         f"{difference['mean']:.4f} ± {difference['standard_error']:.4f} "
-        f"({difference['standard_errors']:.1f} standard errors)",
+        f"({difference['mean'] / difference['standard_error']:.1f} standard errors)",
     )
     for column in ("", "cross-entropy", "perplexity", "accuracy"):
         table.add_column(column, justify="right")

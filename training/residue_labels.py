@@ -20,7 +20,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from training.backbones import add_preset_flag, backbone_phrase, build_backbone, tokenizer_of
+from training.backbones import (
+    add_preset_flag,
+    backbone_phrase,
+    build_backbone,
+    preset_facts,
+    tokenizer_of,
+)
 from training.command import (
     make_parser,
     prepare_output,
@@ -151,7 +157,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             for split, examples in splits.items()
         }
         check_enough(parts, config, source)
-        digest = texts_sha256(*columns_of(splits), [arguments.preset or ""])
+        start = preset_facts(arguments.preset)
+        digest = texts_sha256(*columns_of(splits), [start["preset_sha256"] or ""])
         model = build_model(config, arguments.preset, arguments.backend)
         output = prepare_output(arguments.output, config, digest)
     except (ImportError, OSError, TypeError, ValueError) as error:
@@ -175,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     counts = {f"{split}_proteins": len(chains.sequences) for split, chains in parts.items()}
     metrics.update(run_facts(config, source, time.perf_counter() - started, **counts))
-    metrics.update(preset=arguments.preset, attention=model.backbone.attention)
+    metrics.update(start, attention=model.backbone.attention)
     finish(output, metrics, console)
     return metrics
 

@@ -1,6 +1,8 @@
 """What recipes share around training: say what a run is, choose, predict, save and check, end."""
 
 import dataclasses
+import os
+import platform
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -133,16 +135,35 @@ def run_facts(config: Any, source: str, seconds: float, **counts: int) -> dict[s
         "seconds": seconds,
         "backend": keras.config.backend(),
         "keras": keras.version(),
+        "machine": machine(),
         "source": source,
         **counts,
         "config": dataclasses.asdict(config),
     }
 
 
+def machine() -> str:
+    """Return what this process computes on: processor, cores, and accelerators that Keras sees."""
+    import keras
+
+    if keras.config.backend() == "torch":  # whose devices Keras does not list
+        import torch
+
+        devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    else:
+        devices = [device for device in keras.distribution.list_devices() if "cpu" not in device]
+    return ", ".join([platform.machine(), f"{os.cpu_count()} cores", *devices])
+
+
 def peak_bytes() -> int:
     """Return the most main memory that this process has held, as Linux tells it."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+
+
+def is_finished(output: Path) -> bool:
+    """Whether a folder holds a run that is done: `finish` refused nothing of it."""
+    return (output / "metrics.json").is_file() and not (output / "backup").is_dir()
 
 
 def finish(output: Path, metrics: dict[str, Any], console: Console) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -152,7 +153,7 @@ def log_frequencies(labels: np.ndarray, num_classes: int) -> np.ndarray:
     return np.log(counts / counts.sum())
 
 
-def mean_and_error(values: np.ndarray) -> dict[str, float | None]:
+def mean_and_error(values: np.ndarray) -> dict[str, Any]:
     """Return the `mean` and its `standard_error`, which one value alone does not give.
 
     **Example**

@@ -47,7 +47,8 @@ class ModelConfig:
 
     `attention` chooses between the Performer and its two baselines, which have the same other
     weights. `num_features`, `feature_map`, `exact_window`, `num_sink_tokens` and `far_bias` are
-    read by "performer" only, and `sliding_window` by "sliding_window" only; 0 stands for none.
+    read by "performer" only, and `sliding_window` by "sliding_window" only; 0 stands for none, and
+    some maps take no other `num_features`.
     """
 
     num_layers: int
@@ -76,6 +77,7 @@ class ModelConfig:
         arguments = dataclasses.asdict(self)
         arguments["exact_window"] = self.exact_window or None
         arguments["far_bias"] = self.far_bias or None
+        arguments["num_features"] = self.num_features or None
         if self.attention != "sliding_window":
             arguments["sliding_window"] = None
         return arguments

@@ -37,6 +37,7 @@ from keras_performer.feature_maps import FavorPlus, FavorPlusPlus, FeatureMap, T
 from keras_performer.ops import favor_attention, softmax_weights
 from training.data.protein_sample import load_protein_sample
 from training.data.registry import cache_folder
+from training.scores import mean_and_error
 
 MAPS: dict[str, Callable[[int, int], FeatureMap]] = {
     "FAVOR+, iid": lambda m, seed: FavorPlus(m, projection="iid", seed=seed),
@@ -317,11 +318,8 @@ def summary(samples: Sequence[dict[str, dict[str, float]]]) -> dict[str, Any]:
     for name, measures in samples[0].items():
         results[name] = {}
         for measure in measures:
-            values = [sample[name][measure] for sample in samples]
-            results[name][measure] = {
-                "mean": float(np.mean(values)),
-                "standard_error": float(np.std(values, ddof=1) / len(values) ** 0.5),
-            }
+            values = np.array([sample[name][measure] for sample in samples])
+            results[name][measure] = mean_and_error(values)
     return results
 
 

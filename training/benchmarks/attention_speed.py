@@ -7,8 +7,6 @@ ratio compares runs that took turns in one process. Outputs are checked before a
 import argparse
 import importlib.util
 import json
-import os
-import platform
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -25,7 +23,7 @@ from rich.table import Table
 from keras_performer.feature_maps import FavorPlus
 from keras_performer.ops import favor_attention
 from training.benchmarks.timing import interleaved, machine_rates, make_workload
-from training.results import peak_bytes
+from training.results import machine, peak_bytes
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -56,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     results: dict[str, Any] = {
         "backend": keras.config.backend(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": machine(),
         "causal": causal,
         "seconds": {part: {} for part in PARTS},
     }

@@ -41,7 +41,7 @@ from keras_performer.convert import calibrate, from_antiberty, from_sapiens, per
 from keras_performer.feature_maps import FavorPlus
 from training.data.antibodies import load_antibodies
 from training.data.registry import cache_folder
-from training.scores import surprise
+from training.scores import mean_and_error, surprise
 
 ORIGINAL = "original"
 
@@ -352,10 +352,10 @@ def score(model: Any, data: Masked, batch_size: int) -> Score:
 
 def summary(found: Score) -> dict[str, dict[str, float]]:
     """Means over sequences with their standard errors, that of perplexity to first order."""
-    loss = _mean(found.loss)
+    loss = mean_and_error(found.loss)
     perplexity = float(np.exp(loss["mean"]))
     return {
-        "accuracy": _mean(found.accuracy),
+        "accuracy": mean_and_error(found.accuracy),
         "loss": loss,
         "perplexity": {"mean": perplexity, "standard_error": perplexity * loss["standard_error"]},
     }
@@ -364,15 +364,8 @@ def summary(found: Score) -> dict[str, dict[str, float]]:
 def difference(found: Score, other: Score) -> dict[str, dict[str, float]]:
     """The mean of `found` minus `other`, sequence by sequence."""
     return {
-        "accuracy": _mean(found.accuracy - other.accuracy),
-        "loss": _mean(found.loss - other.loss),
-    }
-
-
-def _mean(values: np.ndarray) -> dict[str, float]:
-    return {
-        "mean": float(np.mean(values)),
-        "standard_error": float(np.std(values, ddof=1) / len(values) ** 0.5),
+        "accuracy": mean_and_error(found.accuracy - other.accuracy),
+        "loss": mean_and_error(found.loss - other.loss),
     }
 
 

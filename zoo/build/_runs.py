@@ -7,11 +7,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from training.backbones import preset_facts
 from training.config import config_of, load_config
+from training.results import is_finished
 from zoo.build._record import Metric, Point
 
 CONFIGS = Path("training") / "configs"
-HARDWARE = "2 x86 cores of a virtual machine that other work shared"
 
 
 def run(
@@ -30,13 +31,14 @@ def run(
     """
     path, output = CONFIGS / config, Path("runs") / name
     metrics = output / "metrics.json"
-    # A run whose preset is not what was trained has figures and a backup.
-    if metrics.is_file() and not (output / "backup").is_dir():
+    if is_finished(output):
         finished = json.loads(metrics.read_text(encoding="utf-8"))
         # As a config, because a key that is newer than the run has its default there.
         made_with = config_of(recipe.Config, finished["config"], str(metrics))
-        wanted = load_config(recipe.Config, path, overrides), preset
-        if (made_with, finished.get("preset")) == wanted:
+        # By its weights, because a preset that was made again has its name still.
+        start = preset_facts(preset)["preset_sha256"]
+        wanted = load_config(recipe.Config, path, overrides), start
+        if (made_with, finished.get("preset_sha256")) == wanted:
             return finished, output
     arguments = [f"--set={override}" for override in overrides]
     arguments += [f"--preset={preset}"] if preset else []
@@ -97,7 +99,7 @@ def facts(metrics: dict[str, Any], mean_tokens: float) -> dict[str, Any]:
     around = metrics["seconds"] - metrics["training"]["fit_seconds"]
     return {
         "config": metrics["config"],
-        "hardware": HARDWARE,
+        "hardware": metrics["machine"],
         "backend": f"Keras {metrics['keras']} on {metrics['backend']}",
         "wall_seconds": sum(row["seconds"] for row in history) + around,
         "steps": steps,
