@@ -24,6 +24,9 @@ def cluster_proteins(
 ) -> dict[str, str]:
     """Cluster proteins by identity over 80 % of the shorter sequence.
 
+    A member is like its representative. Two members, of one cluster or of two, may be more or less
+    alike than that: a split by clusters keeps most relatives together, not all.
+
     **Args**
         proteins: With distinct names.
         identity_percent: Identity at which a protein joins a cluster.

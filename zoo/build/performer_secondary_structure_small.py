@@ -41,7 +41,9 @@ def make_record(model: dict[str, Any], twin: dict[str, Any] | None, phrase: str)
             source="Chains of the Protein Data Bank with the states that DSSP gives them, from "
             "Debian's promod3-data 3.2.1+ds-6.",
             licence="Apache-2.0 (ProMod3); the PDB's data are CC0 1.0.",
-            split="By clusters at 30 % identity.",
+            split="By clusters around representatives at 30 % identity. Of 250 test chains 29 "
+            "have a training chain of 30 % or more, and 1 of 50 %, over 80 % of both (mmseqs "
+            "easy-search).",
             counts={f"{split} chains": len(examples) for split, examples in splits.items()},
         ),
         evaluation=evaluation(model),
