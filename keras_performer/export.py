@@ -60,10 +60,11 @@ def export(
     A `PerformerCausalLM` has two more signatures in SavedModel and LiteRT, which generate text in
     constant memory. `prefill` reads prompts and gives the `logits` (B, vocabulary) after each row's
     last token, and the state as tensors called `state_<layer>_<name>`. `step` takes `token_ids`
-    (B, 1) and that state, and gives the next `logits` and state. With attention="sliding_window"
-    the state is the window. With attention="softmax" there is `serve` alone: its state would grow
-    with the text, where a file has fixed sizes. Call `serve` on the whole text for each token, as
-    the example does. An ONNX file holds one graph: `serve`.
+    (B, 1) and that state, and gives the next `logits` and state. Where positions are learned,
+    neither checks a length: beyond the last position all tokens get that. With
+    attention="sliding_window" the state is the window. With attention="softmax" there is `serve`
+    alone: its state would grow with the text, where a file has fixed sizes. Call `serve` on the
+    whole text for each token, as the example does. An ONNX file holds one graph: `serve`.
 
     Where `path` is a folder, it also gets an example that needs numpy and the runtime only: run
     `python example.py --help` in it. Beside it lie `vocabulary.json` (the tokens by id) and
@@ -217,10 +218,10 @@ def _is_functional(model: keras.Model) -> bool:
 def _load(preset: str) -> keras.Model:
     """Load the task in a preset, or the backbone where there is no task."""
     import keras_performer.convert  # noqa: F401 - registers the classes that a preset names
-    from keras_performer.models._load_preset import check_files, has_head
+    from keras_performer.models._load_preset import check_files, check_head
 
     folder = local_folder(preset)
-    check_files(folder, wants_weights=True, has_head=False)
+    check_files(folder, wants_weights=True)
     file = folder / ("task.json" if (folder / "task.json").is_file() else "config.json")
     name = json.loads(file.read_text(encoding="utf-8"))["registered_name"]
     model_class = keras.saving.get_registered_object(name)
@@ -229,14 +230,15 @@ def _load(preset: str) -> keras.Model:
             f"The preset {str(folder)!r} holds a model of class {name!r}, which is not known here. "
             "Import the package that defines it, load the model, and pass the model."
         )
-    check_files(folder, wants_weights=True, has_head=has_head(model_class))
     try:
-        return model_class.from_preset(str(folder))
+        model = model_class.from_preset(str(folder))
     except TypeError as error:
         raise ValueError(
             f"The preset {str(folder)!r} could not be loaded. Import the modules that define the "
             f"layers and functions of your own that are in it first. Keras said: {error}"
         ) from error
+    check_head(folder, model)  # classes of keras-hub do not
+    return model
 
 
 # The child process: from a backend that cannot write, through a file, to TensorFlow.
@@ -500,7 +502,9 @@ def _write_litert(
     except Exception as error:
         raise ValueError(
             "The model needs an operator that LiteRT does not have, so it cannot be written as a "
-            f"LiteRT file; format='tf_saved_model' takes any model. The converter said: {error}"
+            "LiteRT file; format='tf_saved_model' takes any model. In place of a quantized model "
+            "export the one before quantization, with weights='int8'. The converter said: "
+            f"{error}"
         ) from error
     file.write_bytes(_halve_weights(content) if weights == "float16" else content)
 

@@ -145,6 +145,8 @@ def test_learned_positions_end():
     model = make_model(position_embedding="learned", max_sequence_length=8)
     with pytest.raises(ValueError, match=r"for 8 tokens\. Received: a length of 9"):
         model.generate("MKT", max_length=9)
+    with pytest.raises(ValueError, match="at most 8 tokens"):
+        model.call_with_state(as_inputs(make_tokens(9)), model.initial_state(2, 9))
     # Padding may lie beyond them.
     backbone, token_ids = model.backbone, make_tokens(8)
     expected = to_numpy(call(backbone, as_inputs(token_ids)))

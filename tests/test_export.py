@@ -570,6 +570,42 @@ def test_the_example_tokenizes_as_the_tokenizer_does(tokenizer, text, tmp_path):
     assert facts["tokens"] == tokenizer.get_vocabulary()
 
 
+@pytest.mark.parametrize(
+    ("names", "shapes"),
+    [
+        (["token_ids", "mask_positions"], {"token_ids": (1, 4)}),  # as of ESM
+        (
+            ["token_ids", "segment_ids", "padding_mask"],  # as of BERT
+            {"token_ids": (1, 4), "segment_ids": (1, 4), "padding_mask": (1, 4)},
+        ),
+    ],
+)
+def test_the_example_gives_converted_models_their_inputs(names, shapes, tmp_path, capsys):
+    backbone = PerformerEncoderBackbone(30, 1, 1, 4, 4, num_features=7)
+    _write_example(
+        PerformerMaskedLM(backbone, PerformerMaskedLMPreprocessor(ProteinTokenizer())),
+        ["serve"],
+        tmp_path,
+    )
+    path = tmp_path / "vocabulary.json"
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**facts, "inputs": names}), encoding="utf-8")
+    example = runpy.run_path(str(tmp_path / "example.py"))
+    x = example["inputs"]([5, 3, 6, 7], [])
+    assert {name: array.shape for name, array in x.items()} == shapes
+    assert not x.get("segment_ids", np.zeros(1)).any()
+    given = {}
+
+    def run(signature, x):
+        given.update(x)
+        return {"logits": np.zeros((1, 1, 30), "float32")}
+
+    if "mask_positions" in names:
+        example["fill_masks"](run, [5, 3, 6, 7])
+        assert sorted(given) == sorted(names)
+        assert capsys.readouterr().out.startswith("place 1:")
+
+
 # The command line.
 
 

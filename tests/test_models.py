@@ -8,9 +8,13 @@ import pytest
 
 from keras_performer.feature_maps import FavorPlus
 from keras_performer.models import (
+    PerformerCausalLM,
+    PerformerDecoderBackbone,
     PerformerEncoderBackbone,
     PerformerMaskedLM,
     PerformerMaskedLMPreprocessor,
+    PerformerSeq2SeqBackbone,
+    PerformerSeq2SeqLM,
     ProteinTokenizer,
 )
 
@@ -347,3 +351,42 @@ def test_lora_finds_the_attention_layers():
     paths = [w.path for w in backbone.trainable_weights]
     assert sum("lora_kernel" in path for path in paths) == 4
     assert {path.split("/")[-2] for path in paths} == {"query", "value"}
+
+
+def test_tasks_refuse_backbones_of_another_kind():
+    encoder = make_backbone()
+    sizes = {"num_layers": 1, "num_heads": 2, "hidden_dim": 8, "intermediate_dim": 9}
+    decoder, both = (
+        cls(vocabulary_size=30, **sizes)
+        for cls in (PerformerDecoderBackbone, PerformerSeq2SeqBackbone)
+    )
+    for task, wrong in (
+        (PerformerMaskedLM, decoder),
+        # Its tokens would see those that it is to predict.
+        (PerformerCausalLM, encoder),
+        (PerformerCausalLM, both),
+        (PerformerSeq2SeqLM, decoder),
+    ):
+        name = type(wrong).__name__
+        with pytest.raises(TypeError, match=f"{task.__name__} needs a Perf.*of type {name}"):
+            task(wrong)
+
+
+def test_int8_reaches_the_token_embedding():
+    task = make_task(tie_weights=False)
+    task.quantize("int8")
+    embedding = task.backbone.token_embedding
+    assert embedding.quantization_mode == "int8"
+    assert {str(weight.dtype) for weight in embedding.weights} == {"int8", "float32"}
+
+
+def test_a_loader_of_unknown_length_is_refused():
+    data = pytest.importorskip("torch.utils.data")
+
+    class Stream(data.IterableDataset):
+        def __iter__(self):
+            return iter(["MKT", "AY"])
+
+    for method in ("fit", "evaluate", "predict"):
+        with pytest.raises(ValueError, match=r"a `__len__`.*dataset of type Stream"):
+            getattr(make_task(), method)(data.DataLoader(Stream(), batch_size=2))

@@ -501,6 +501,11 @@ def test_generation_carries_a_state_and_equals_whole_passes(options):
         np.testing.assert_array_equal(output, greedy(model, ids, mask, 12))
     np.testing.assert_array_equal(output, greedy(converted, ids, mask, 12))
     state = converted.backbone.initial_state(1)
+    limit = converted.backbone.max_sequence_length
+    with pytest.raises(ValueError, match=f"at most {limit} tokens"):
+        converted.backbone.call_with_state(
+            {"token_ids": np.zeros((1, limit + 1), "int32"), "padding_mask": None}, state
+        )
     sizes = {x.size for part in state for x in to_numpy(part).values()}
     assert max(sizes) <= 3 * 8 * 5 if options is not EXACT else True
 
@@ -655,6 +660,13 @@ def test_positions_of_tasks_and_graphs_are_tiled_or_interpolated():
     ):
         with pytest.raises(ValueError, match=message):
             extend_positions(source, length, method)
+
+
+def test_quantized_heads_are_refused():
+    task = HUB.BertTextClassifier(backbone_of(HUB.BertBackbone, num_layers=1), num_classes=2)
+    task.get_layer("logits").quantize("int8")
+    with pytest.raises(ValueError, match=r"'logits' do not fit .*before LoRA or quantization"):
+        performerize(task, num_features=8)
 
 
 def test_offset_positions_keep_their_offset():

@@ -14,9 +14,16 @@ import keras
 import keras_hub
 import numpy as np
 import pytest
+from marks import slow_where_compiled
 
 import keras_performer
-from keras_performer.convert import hub_models, performerize
+from keras_performer.convert import (
+    PerformerPytorchBackbone,
+    PerformerPytorchLM,
+    hub_models,
+    performerize,
+)
+from keras_performer.export import _load
 from keras_performer.feature_maps import FavorPlusPlus
 from keras_performer.models import (
     PerformerCausalLM,
@@ -28,6 +35,7 @@ from keras_performer.models import (
     PerformerSequenceClassifier,
     PerformerSequenceClassifierPreprocessor,
     PerformerTokenClassifier,
+    PerformerTokenClassifierPreprocessor,
     ProteinTokenizer,
 )
 
@@ -253,6 +261,85 @@ def test_a_converted_task_loads_by_its_name(tmp_path, monkeypatch):
     (tmp_path / "tiny-bert" / "task.weights.h5").unlink()
     with pytest.raises(ValueError, match=r"task\.weights\.h5' is missing"):
         type(task).from_preset("tiny-bert", preprocessor=None)
+
+
+def test_a_head_can_be_started_on_a_task_without_one(tmp_path):
+    decoder = PerformerDecoderBackbone(30, 1, 1, 4, 4, num_features=8)
+    preprocessor = PerformerCausalLMPreprocessor(ProteinTokenizer(), 19)
+    PerformerCausalLM(decoder, preprocessor).save_to_preset(str(tmp_path))
+    for cls in (PerformerSequenceClassifier, PerformerTokenClassifier):
+        task = cls.from_preset(tmp_path, num_classes=3)
+        assert isinstance(task, cls) and task.num_classes == 3
+        for new, old in zip(task.backbone.weights, decoder.weights, strict=True):
+            np.testing.assert_array_equal(to_numpy(new), to_numpy(old))
+
+
+def test_a_head_that_is_replaced_or_has_no_weights_is_not_missing(tmp_path):
+    encoder = PerformerEncoderBackbone(30, 1, 1, 4, 4, num_features=8)
+    PerformerTokenClassifier(encoder, 3).save_to_preset(str(tmp_path / "labels"))
+    (tmp_path / "labels" / "task.weights.h5").unlink()
+    with pytest.raises(ValueError, match=r"task\.weights\.h5' is missing"):
+        PerformerTokenClassifier.from_preset(tmp_path / "labels")
+    PerformerTokenClassifier.from_preset(tmp_path / "labels", num_classes=2)
+    PerformerTokenClassifier.from_preset(tmp_path / "labels", load_weights=False)
+    backbone = PerformerPytorchBackbone(7, 9, 1, 2, 8, 4, 16)
+    PerformerPytorchLM(backbone, tie_weights=True).save_to_preset(str(tmp_path / "tied"))
+    assert isinstance(_load(str(tmp_path / "tied")), PerformerPytorchLM)
+
+
+def test_a_preprocessor_loads_from_the_preset_of_any_backbone(tmp_path):
+    decoder = PerformerDecoderBackbone(30, 1, 1, 4, 4, num_features=8)
+    for cls, task_class in (
+        (PerformerSequenceClassifierPreprocessor, PerformerSequenceClassifier),
+        (PerformerTokenClassifierPreprocessor, PerformerTokenClassifier),
+    ):
+        folder = tmp_path / cls.__name__
+        task_class(decoder, 2, cls(ProteinTokenizer(), 19)).save_to_preset(str(folder))
+        assert cls.from_preset(folder).sequence_length == 19
+        assert cls.from_preset(folder, sequence_length=7).sequence_length == 7
+        # Another's are made anew around its tokenizer.
+        assert PerformerMaskedLMPreprocessor.from_preset(folder).sequence_length == 512
+
+
+def quantized(kind):
+    """A task with a head, its backbone and its head in int8."""
+    sizes = {"num_layers": 1, "num_heads": 2, "hidden_dim": 8, "intermediate_dim": 9}
+    if kind == "converted":
+        backbone = keras_hub.models.RobertaBackbone(30, **sizes, max_sequence_length=11)
+        task = performerize(keras_hub.models.RobertaMaskedLM(backbone), num_features=7)
+    elif kind == "PerformerMaskedLM":
+        task = make_task()
+    else:
+        backbone = PerformerDecoderBackbone(30, **sizes, num_features=7)
+        preprocessor = PerformerTokenClassifierPreprocessor(ProteinTokenizer(), 19)
+        task = PerformerTokenClassifier(backbone, 3, preprocessor)
+    task.quantize("int8")
+    return task
+
+
+@pytest.mark.parametrize(
+    "kind", ["PerformerTokenClassifier", *slow_where_compiled("PerformerMaskedLM", "converted")]
+)
+def test_quantized_tasks_come_back(kind, tmp_path):
+    task = quantized(kind)
+    modes = [layer.quantization_mode for layer in task._flatten_layers()]
+    inputs = masked_inputs() if task.input.keys() == masked_inputs().keys() else token_inputs()
+    expected = to_numpy(task(inputs))
+    options = {"preprocessor": None} if task.preprocessor is None else {}
+    task.save_to_preset(str(tmp_path / "preset"))
+    loaded = type(task).from_preset(tmp_path / "preset", **options)
+    # What was loaded is saved again.
+    loaded.save(tmp_path / "task.keras")
+    for again in (loaded, keras.saving.load_model(tmp_path / "task.keras")):
+        np.testing.assert_array_equal(to_numpy(again(inputs)), expected)
+        assert [layer.quantization_mode for layer in again._flatten_layers()] == modes
+    body = type(task.backbone).from_preset(tmp_path / "preset")
+    for new, old in zip(body.weights, task.backbone.weights, strict=True):
+        np.testing.assert_array_equal(to_numpy(new), to_numpy(old))
+    if kind == "PerformerTokenClassifier":
+        task = PerformerSequenceClassifier.from_preset(tmp_path / "preset", num_classes=2)
+        assert task.backbone.token_embedding.quantization_mode == "int8"
+        assert task.output_dense.quantization_mode is None
 
 
 READ_ELSEWHERE = """

@@ -158,3 +158,18 @@ def test_strings_with_ragged_labels_are_those_prepared():
     history = task.fit(TEXTS, LABELS, **options).history
     np.testing.assert_allclose(history["loss"], expected[0], rtol=1e-5)
     assert np.isfinite(task.fit(Batches(), verbose=0).history["loss"]).all()
+
+
+def test_only_strings_are_labelled():
+    preprocessor = make_preprocessor()
+    prepared = preprocessor(TEXTS)
+    for x, name in ((prepared, "dict"), ((TEXTS, TEXTS), "tuple")):
+        with pytest.raises(TypeError, match=f"list of strings.*x of type {name}"):
+            preprocessor(x=x, y=None)
+
+
+@pytest.mark.parametrize("method", ["fit", "evaluate"])
+def test_a_wrong_number_of_labels_is_explained(method):
+    pytest.importorskip("tensorflow")  # in whose pipelines keras-hub tries again
+    with pytest.raises(ValueError, match="as many labels as the tokenizer"):
+        getattr(make_task(), method)(["MKT", "AY"], [[1, 2, 0], [1, 2, 0]], verbose=0)

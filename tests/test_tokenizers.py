@@ -186,6 +186,14 @@ def test_a_tokenizer_of_another_class_is_not_returned(tmp_path):
         DNATokenizer.from_preset(str(tmp_path))
 
 
+def test_only_strings_are_tokenized():
+    tokenizer = ByteTokenizer()
+    for wrong in (None, [None], object(), 3, np.array(["A", None], dtype=object)):
+        with pytest.raises(TypeError, match="takes strings"):
+            tokenizer(wrong)
+    assert tokenizer(np.array("A")).tolist() == tokenizer("A").tolist()
+
+
 def test_bytes_generate_text(tmp_path):
     tokenizer = ByteTokenizer()
     backbone = PerformerDecoderBackbone(tokenizer.vocabulary_size(), 1, 1, 4, 4, num_features=8)

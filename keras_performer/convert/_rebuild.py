@@ -98,6 +98,12 @@ def copy_layer(source: Any, target: Any) -> None:
     **Raises** ValueError if a weight of `source` has no place, or one of `target` no value.
     """
     if type(source) is type(target):
+        if len(source.weights) != len(target.weights):
+            raise ValueError(
+                f"The weights of layer {source.name!r} do not fit its copy (convert before LoRA or "
+                f"quantization). Received: {len(source.weights)} weights for "
+                f"{len(target.weights)} places"
+            )
         target.set_weights(source.get_weights())
         pairs = list(zip(source.weights, target.weights, strict=True))
     else:

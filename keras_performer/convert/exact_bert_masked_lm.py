@@ -7,11 +7,13 @@ import keras_hub
 
 from keras_performer.convert.exact_bert_backbone import ExactBertBackbone
 from keras_performer.models._load_preset import load_by_name
+from keras_performer.models._performer_task import keep_quantized_head
 
 _EPSILON = 1e-12
 
 
 @load_by_name
+@keep_quantized_head
 @keras.saving.register_keras_serializable(package="keras_performer")
 class ExactBertMaskedLM(keras_hub.models.DistilBertMaskedLM):
     """A BERT masked language model whose arithmetic is that of the original.

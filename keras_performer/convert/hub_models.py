@@ -20,8 +20,10 @@ from keras_performer.convert.exact_bert_backbone import ExactBertBackbone
 from keras_performer.convert.exact_bert_masked_lm import ExactBertMaskedLM
 from keras_performer.convert.performer_transformer_decoder import PerformerTransformerDecoder
 from keras_performer.convert.performer_transformer_encoder import PerformerTransformerEncoder
-from keras_performer.models._generation import compile_config, compile_with, generate_tokens
+from keras_performer.models._generation import compile_config, generate_tokens
 from keras_performer.models._load_preset import load_by_name
+from keras_performer.models._performer_backbone import check_length, set_own_policies
+from keras_performer.models._performer_task import compile_as_saved, keep_quantized_head
 
 
 def _esm_encoder(
@@ -86,6 +88,7 @@ class _LinearAttention:
             init.__defaults__,
             init.__closure__,
         )(self, **kwargs)
+        set_own_policies(self)
         self.attention = options
         if count == 0:
             name = init.__qualname__.removesuffix(".__init__")
@@ -269,11 +272,15 @@ class PerformerGPT2Backbone(_LinearAttention, keras_hub.models.GPT2Backbone):
 
         **Returns** The hidden states (B, T, D) and the state after these tokens. Chunks in a row
         give what one call on all of them gives.
+
+        **Raises** ValueError for a chunk that is longer than the learned positions reach. A stream
+        that goes beyond them chunk by chunk is not noticed: its tokens all get the last position.
         """
+        check_length(inputs["token_ids"], self.max_sequence_length)
         tokens = self.token_embedding(inputs["token_ids"])
         index = ops.arange(ops.shape(tokens)[1], dtype="int32")
         positions = ops.expand_dims(state[0]["position"], -1) + index
-        # Padding on the right may reach beyond the last position.
+        # How far a stream has come is not known here; generation checks its length.
         positions = ops.minimum(positions, self.max_sequence_length - 1)
         x = self.embeddings_add((tokens, self.position_embedding(tokens, positions=positions)))
         after = []
@@ -317,9 +324,7 @@ class PerformerGPT2CausalLM(keras_hub.models.GPT2CausalLM):
         """Return how the model was compiled, with its sampler."""
         return compile_config(super().get_compile_config(), self.sampler)
 
-    def compile_from_config(self, config: dict[str, Any]) -> None:
-        """Compile as the saved model was."""
-        compile_with(self, config)
+    compile_from_config = compile_as_saved
 
     def call_with_cache(self, token_ids: Any, cache: Any, cache_update_index: Any) -> Any:
         """Refuse: there are no keys and values to cache."""
@@ -402,5 +407,7 @@ CLASSES: dict[type, type] = {
 }
 """Tasks, preprocessors and tokenizers for our backbones, for keras-hub's."""
 TASKS = {cls: made for cls, made in CLASSES.items() if issubclass(cls, keras_hub.models.Task)}
+for _class in TASKS.values():
+    keep_quantized_head(_class)
 for _class in (*BACKBONES.values(), *TASKS.values()):
     load_by_name(_class)

@@ -6,8 +6,11 @@ import keras
 import keras_hub
 
 from keras_performer.convert.performer_pytorch_block import PerformerPytorchBlock
+from keras_performer.models._load_preset import load_by_name
+from keras_performer.models._performer_backbone import set_own_policies
 
 
+@load_by_name
 @keras.saving.register_keras_serializable(package="keras_performer")
 class PerformerPytorchBackbone(keras_hub.models.Backbone):
     """`PerformerLM` of performer-pytorch up to its last norm, for weights that were trained there.
@@ -82,7 +85,8 @@ class PerformerPytorchBackbone(keras_hub.models.Backbone):
             feature_map = keras.saving.serialize_keras_object(feature_map)
 
         # === Layers ===
-        self.token_embedding = keras_hub.layers.ReversibleEmbedding(
+        # Not keras-hub's subclass of it, which `quantize` skips.
+        self.token_embedding = keras.layers.ReversibleEmbedding(
             vocabulary_size, hidden_dim, dtype=dtype, name="token_embedding"
         )
         self.position_embedding = keras_hub.layers.PositionEmbedding(
@@ -129,6 +133,7 @@ class PerformerPytorchBackbone(keras_hub.models.Backbone):
             first, second = keras.ops.split(x, 2, axis=-1)
             x = first + second
         super().__init__(inputs=inputs, outputs=self.final_norm(x), dtype=dtype, **kwargs)
+        set_own_policies(self)
 
         # === Config ===
         self.vocabulary_size = vocabulary_size

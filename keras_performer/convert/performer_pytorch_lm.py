@@ -6,8 +6,12 @@ import keras
 import keras_hub
 
 from keras_performer.convert.performer_pytorch_backbone import PerformerPytorchBackbone
+from keras_performer.models._load_preset import load_by_name
+from keras_performer.models._performer_task import keep_quantized_head
 
 
+@load_by_name
+@keep_quantized_head
 @keras.saving.register_keras_serializable(package="keras_performer")
 class PerformerPytorchLM(keras_hub.models.Task):
     """`PerformerLM` of performer-pytorch: logits at every token. It is not compiled.

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import keras
 import keras_hub
 from keras import ops
 
@@ -71,13 +70,5 @@ def generate_tokens(
 
 
 def compile_config(config: dict[str, Any] | None, sampler: Any) -> dict[str, Any]:
-    """Return what `compile_with` needs: how a task was compiled, with its sampler."""
+    """Return what `compile_as_saved` needs: how a task was compiled, with its sampler."""
     return {**config, "sampler": keras_hub.samplers.serialize(sampler)} if config else {}
-
-
-def compile_with(model: Any, config: dict[str, Any]) -> None:
-    """Compile as the saved model was, so that a `.keras` file resumes with its optimizer."""
-    config = dict(config)
-    sampler = keras_hub.samplers.deserialize(config.pop("sampler"))
-    model.compile(**keras.saving.deserialize_keras_object(config), sampler=sampler)
-    model.optimizer.build(model.trainable_variables)

@@ -15,6 +15,32 @@ from keras_performer.layers._arguments import (
 )
 
 
+def check_length(inputs: Any, limit: int | None) -> None:
+    """Raise ValueError if inputs (B, T) are known to be longer than learned positions reach.
+
+    The backends' own errors do not say what to do about it.
+    """
+    length = inputs.shape[1]
+    if None not in (length, limit) and length > limit:
+        raise ValueError(
+            f"This model has learned positions for at most {limit} tokens. Received: inputs of "
+            f"length {length}. Cut the inputs (`sequence_length` of the preprocessor), or build "
+            "the model with a larger `max_sequence_length`."
+        )
+
+
+def set_own_policies(model: Any) -> None:
+    """Give each layer its own dtype policy, out of a map that the model was built with.
+
+    Such a map comes from a quantized model. Keras cannot save a quantized layer that has the map.
+    """
+    for layer in model._flatten_layers(include_self=False):
+        policy = layer.dtype_policy
+        # Layers that were never called have no path, and no weights.
+        if isinstance(policy, keras.dtype_policies.DTypePolicyMap) and layer.path:
+            layer._dtype_policy = policy[layer.path]
+
+
 class PerformerBackbone(keras_hub.models.Backbone):
     """The abstract backbone: arguments and their checks, the embedding, and the making of blocks.
 
@@ -94,7 +120,8 @@ class PerformerBackbone(keras_hub.models.Backbone):
         kernel_initializer = keras.initializers.get(kernel_initializer)
 
         # === Layers ===
-        self.token_embedding = keras_hub.layers.ReversibleEmbedding(
+        # Not keras-hub's subclass of it, which `quantize` skips.
+        self.token_embedding = keras.layers.ReversibleEmbedding(
             vocabulary_size,
             hidden_dim,
             tie_weights=tie_weights,
@@ -148,6 +175,7 @@ class PerformerBackbone(keras_hub.models.Backbone):
         self.max_sequence_length = max_sequence_length
         inputs, outputs = self._connect()
         super().__init__(inputs=inputs, outputs=outputs, dtype=dtype, **kwargs)
+        set_own_policies(self)
 
         # === Config ===
         self.vocabulary_size = vocabulary_size
@@ -244,26 +272,20 @@ class PerformerBackbone(keras_hub.models.Backbone):
         x = self.token_embedding(token_ids)
         if self.position_embedding_layer is None:
             return x
+        if positions is None:
+            check_length(token_ids, self.max_sequence_length)
         if start is not None:
             index = keras.ops.arange(keras.ops.shape(x)[1], dtype="int32")
             positions = keras.ops.expand_dims(start, -1) + index
-            # Beyond the last position lies padding only: generation checks its length.
+            # How far a stream has come is not known here; generation checks its length.
             length: Any = self.max_sequence_length  # which learned positions have
             positions = keras.ops.minimum(positions, length - 1)
         return self.embeddings_add((x, self.position_embedding_layer(x, positions=positions)))
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
         """Run the model on a dict of token ids and padding masks."""
-        # Learned positions end; the backends' own errors do not say what to do about it.
-        limit = self.max_sequence_length
-        for tensor in keras.tree.flatten(inputs) if limit is not None else ():
-            length = tensor.shape[1]
-            if length is not None and length > limit:
-                raise ValueError(
-                    f"This model has learned positions for at most {limit} tokens. Received: "
-                    f"inputs of length {length}. Cut the inputs (`sequence_length` of the "
-                    "preprocessor), or build the model with a larger `max_sequence_length`."
-                )
+        for tensor in keras.tree.flatten(inputs):
+            check_length(tensor, self.max_sequence_length)
         return super().call(inputs, training=training, mask=mask)
 
     def get_config(self) -> dict[str, Any]:
@@ -384,6 +406,9 @@ class PerformerStack(PerformerBackbone):
 
         **Returns** The hidden states (B, T, D) and the state after these tokens, which with feature
         attention and sliding windows has a size that does not depend on their number.
+
+        **Raises** ValueError for a chunk that is longer than learned positions reach. A stream that
+        goes beyond them chunk by chunk is not noticed: its tokens all get the last position.
 
         **Cost** As calling the model on T tokens, whatever came before.
 

@@ -1,16 +1,13 @@
 """What the tasks share: encoder or decoder bodies, and data that keras-hub does not take."""
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import keras
-import keras_hub
 import numpy as np
-
-from keras_performer.models.performer_decoder_backbone import PerformerDecoderBackbone
-from keras_performer.models.performer_encoder_backbone import PerformerEncoderBackbone
 
 _Class = TypeVar("_Class", bound=type)
 
@@ -19,10 +16,10 @@ def take_loaders(cls: _Class) -> _Class:
     """Let `fit`, `evaluate` and `predict` of a keras-hub task take loaders of raw samples.
 
     keras-hub's take arrays, `tf.data` and grain. A `keras.utils.PyDataset` and a PyTorch
-    `DataLoader` are taken by `keras.Model`, but only with batches that are prepared: here they are
-    preprocessed as they come. So are arrays with a `sample_weight` and no labels, which is what a
-    language model is trained on, and whose weights Keras would drop without a word. Not a base
-    class: Keras refuses two paths to one base in functional models.
+    `DataLoader` of known length are taken by `keras.Model`, but only with batches that are
+    prepared: here they are preprocessed as they come. So are arrays with a `sample_weight` and no
+    labels, which is what a language model is trained on, and whose weights Keras would drop without
+    a word. Not a base class: Keras refuses two paths to one base in functional models.
 
     **Args**
         cls: A class of tasks.
@@ -233,6 +230,14 @@ class _PreparedLoader(keras.utils.PyDataset):
 
     def __init__(self, loader: Any, preprocess: Callable[..., Any]):
         super().__init__()
+        try:
+            len(loader)
+        except TypeError as error:
+            raise ValueError(
+                "A DataLoader needs a known number of batches: give its dataset a `__len__`. "
+                f"Received: a {type(loader).__name__} of a dataset of type "
+                f"{type(loader.dataset).__name__}"
+            ) from error
         self._loader = loader
         self._preprocess = preprocess
         self._batches: Iterator[Any] = iter(())
@@ -338,15 +343,64 @@ def refuse_labels(y: Any) -> None:
         )
 
 
-def check_backbone(task: str, backbone: Any) -> None:
-    """Raise TypeError unless `backbone` is an encoder or a decoder of this package."""
-    if not isinstance(backbone, PerformerEncoderBackbone | PerformerDecoderBackbone):
+def check_backbone(task: str, backbone: Any, *allowed: type) -> None:
+    """Raise TypeError unless `backbone` is of one of the `allowed` classes."""
+    if not isinstance(backbone, allowed):
         raise TypeError(
-            f"{task} needs a PerformerEncoderBackbone or a PerformerDecoderBackbone. Received: "
-            f"backbone={backbone!r}"
+            f"{task} needs a {' or a '.join(cls.__name__ for cls in allowed)}. Received: "
+            f"backbone of type {type(backbone).__name__}"
         )
 
 
-def head_dtype(backbone: keras_hub.models.Backbone) -> str:
-    """The dtype of heads: at least float32, so that logits are not rounded."""
-    return keras.backend.result_type(backbone.compute_dtype, "float32")
+def compile_as_saved(self: Any, config: dict[str, Any]) -> None:
+    """Compile as the saved model was, so that a `.keras` file resumes with its optimizer."""
+    self.compile(**keras.saving.deserialize_keras_object(config))
+    self.optimizer.build(self.trainable_variables)
+
+
+def keep_quantized_head(cls: _Class) -> _Class:
+    """Let a keras-hub task be loaded after its layers outside the backbone were quantized.
+
+    The configs of keras-hub's backbones tell which of their layers are quantized, those of its
+    tasks do not. int8 is what is tested.
+
+    **Args**
+        cls: A class of tasks.
+
+    **Returns** `cls`, whose config then holds `quantized_head`: modes by the paths of layers.
+    """
+    # What a base class was given by this function is not wrapped again.
+    get_config = inspect.unwrap(cls.get_config)
+    from_config = inspect.unwrap(cls.from_config.__func__)
+
+    @functools.wraps(get_config)
+    def get_config_with_modes(self: Any) -> dict[str, Any]:
+        modes = {
+            layer.path: layer.quantization_mode
+            for layer in _layers_of_head(self)
+            if layer.quantization_mode is not None
+        }
+        return {**get_config(self), **({"quantized_head": modes} if modes else {})}
+
+    @functools.wraps(from_config)
+    def from_config_with_modes(cls: Any, config: dict[str, Any]) -> Any:
+        config = dict(config)
+        modes = config.pop("quantized_head", {})
+        task = from_config(cls, config)
+        for layer in _layers_of_head(task):
+            if layer.path in modes:
+                if isinstance(layer.dtype_policy, keras.dtype_policies.DTypePolicyMap):
+                    # Of the backbone, whose policy keras-hub's heads share.
+                    layer._dtype_policy = layer.dtype_policy.default_policy
+                layer.quantize(modes[layer.path])
+        return task
+
+    cls.get_config = get_config_with_modes
+    cls.from_config = classmethod(from_config_with_modes)
+    return cls
+
+
+def _layers_of_head(task: Any) -> list[Any]:
+    """The layers of a task, at any depth, that are not of its backbone."""
+    body = {id(layer) for layer in task.backbone._flatten_layers()}
+    return [layer for layer in task._flatten_layers() if id(layer) not in body]

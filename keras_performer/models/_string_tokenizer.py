@@ -91,6 +91,8 @@ class StringTokenizer(keras_hub.tokenizers.Tokenizer):
 
         **Returns** For one string a vector of ids; else lists of ids, nested as the strings were.
         In TensorFlow graphs, a tensor that is ragged in its last axis.
+
+        **Raises** TypeError for anything that is no string, such as None.
         """
         if self._use_tf_workflow():
             return self._graph_ids_of(inputs)
@@ -106,12 +108,14 @@ class StringTokenizer(keras_hub.tokenizers.Tokenizer):
         if isinstance(inputs, list | tuple):
             return [self._encode(item) for item in inputs]
         array = np.asarray(inputs)
-        if array.dtype.kind not in "USO":
+        items = array.tolist()
+        # An array of objects without an axis may hold anything, such as None.
+        if array.dtype.kind not in "USO" or not isinstance(items, list | str | bytes):
             raise TypeError(
                 f"{type(self).__name__} takes strings, or lists or arrays of strings. Received: "
                 f"inputs={inputs!r}"
             )
-        return self._encode(array.tolist())
+        return self._encode(items)
 
     def detokenize(self, inputs: Any) -> Any:
         """Turn token ids into strings.

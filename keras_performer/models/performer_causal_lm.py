@@ -6,9 +6,13 @@ import keras
 import keras_hub
 from keras import ops
 
-from keras_performer.models._generation import compile_config, compile_with, generate_tokens
+from keras_performer.models._generation import compile_config, generate_tokens
 from keras_performer.models._load_preset import load_by_name
-from keras_performer.models._performer_task import take_loaders
+from keras_performer.models._performer_task import (
+    check_backbone,
+    compile_as_saved,
+    take_loaders,
+)
 from keras_performer.models.performer_causal_lm_preprocessor import PerformerCausalLMPreprocessor
 from keras_performer.models.performer_decoder_backbone import PerformerDecoderBackbone
 
@@ -43,6 +47,8 @@ class PerformerCausalLM(keras_hub.models.CausalLM):
     **Cost** The backbone's, and O(T D vocabulary_size). A generated token costs the same at every
     position.
 
+    **Raises** TypeError for another backbone.
+
     **Example**
 
     >>> backbone = PerformerDecoderBackbone(
@@ -67,6 +73,8 @@ class PerformerCausalLM(keras_hub.models.CausalLM):
         preprocessor: PerformerCausalLMPreprocessor | None = None,
         **kwargs: Any,
     ):
+        check_backbone("PerformerCausalLM", backbone, PerformerDecoderBackbone)
+
         # === Layers ===
         self.backbone = backbone
         self.preprocessor = preprocessor
@@ -80,9 +88,7 @@ class PerformerCausalLM(keras_hub.models.CausalLM):
         """Return how the model was compiled, with its sampler."""
         return compile_config(super().get_compile_config(), self.sampler)
 
-    def compile_from_config(self, config: dict[str, Any]) -> None:
-        """Compile as the saved model was."""
-        compile_with(self, config)
+    compile_from_config = compile_as_saved
 
     def initial_state(self, batch_size: Any, max_length: int | None = None) -> list[dict[str, Any]]:
         """The state before the first token; see `PerformerDecoderBackbone.initial_state`."""
@@ -99,6 +105,9 @@ class PerformerCausalLM(keras_hub.models.CausalLM):
 
         **Returns** The logits (B, T, vocabulary_size), the hidden states (B, T, D) and the state
         after these tokens. Chunks in a row give what one call on all of them gives.
+
+        **Raises** ValueError as `PerformerDecoderBackbone.call_with_state` does, which also tells
+        what learned positions do with longer streams.
         """
         hidden, state = self.backbone.call_with_state(inputs, state)
         return self.backbone.token_embedding(hidden, reverse=True), hidden, state

@@ -6,12 +6,18 @@ import keras
 import keras_hub
 
 from keras_performer.models._load_preset import load_by_name
-from keras_performer.models._performer_task import take_loaders
+from keras_performer.models._performer_task import (
+    check_backbone,
+    compile_as_saved,
+    keep_quantized_head,
+    take_loaders,
+)
 from keras_performer.models.performer_encoder_backbone import PerformerEncoderBackbone
 from keras_performer.models.performer_masked_lm_preprocessor import PerformerMaskedLMPreprocessor
 
 
 @load_by_name
+@keep_quantized_head
 @take_loaders
 @keras.saving.register_keras_serializable(package="keras_performer")
 class PerformerMaskedLM(keras_hub.models.MaskedLM):
@@ -20,8 +26,9 @@ class PerformerMaskedLM(keras_hub.models.MaskedLM):
     The hidden states at `mask_positions` go through a dense layer, a norm, and the transposed token
     embedding, which the head shares. With a `preprocessor`, `fit`, `evaluate` and `predict` take
     raw strings and mask them afresh each time: lists, NumPy arrays, `tf.data`, grain, a
-    `keras.utils.PyDataset` and a PyTorch `DataLoader`. A `sample_weight` has one weight for each
-    string; in the batches of a loader it comes third, as `(strings, None, sample_weight)`.
+    `keras.utils.PyDataset` and a PyTorch `DataLoader` of known length. A `sample_weight` has one
+    weight for each string; in the batches of a loader it comes third, as
+    `(strings, None, sample_weight)`.
 
     **Shapes** Inputs: a dict of `token_ids` (B, T), `padding_mask` (B, T) and `mask_positions`
     (B, P), all integers. Output: logits (B, P, vocabulary_size).
@@ -39,6 +46,8 @@ class PerformerMaskedLM(keras_hub.models.MaskedLM):
     **Precision** As the backbone's dtype policy; the head and the logits in its variable dtype.
 
     **Cost** The backbone's, and O(P D (D + vocabulary_size)).
+
+    **Raises** TypeError for another backbone.
 
     **Example**
 
@@ -63,6 +72,8 @@ class PerformerMaskedLM(keras_hub.models.MaskedLM):
         preprocessor: PerformerMaskedLMPreprocessor | None = None,
         **kwargs: Any,
     ):
+        check_backbone("PerformerMaskedLM", backbone, PerformerEncoderBackbone)
+
         # === Layers ===
         self.backbone = backbone
         self.preprocessor = preprocessor
@@ -86,7 +97,4 @@ class PerformerMaskedLM(keras_hub.models.MaskedLM):
         outputs = self.masked_lm_head(backbone(backbone.input), inputs["mask_positions"])
         super().__init__(inputs=inputs, outputs=outputs, **kwargs)
 
-    def compile_from_config(self, config: dict[str, Any]) -> None:
-        """Compile as the saved model was, so that a `.keras` file resumes with its optimizer."""
-        self.compile(**keras.saving.deserialize_keras_object(config))
-        self.optimizer.build(self.trainable_variables)
+    compile_from_config = compile_as_saved

@@ -139,6 +139,9 @@ class PerformerSeq2SeqBackbone(PerformerBackbone):
 
         **Returns** The hidden states (B, T, D) and the state after these tokens. Chunks in a row
         give what one call on all of them gives.
+
+        **Raises** ValueError for a chunk that is longer than learned positions reach. Going beyond
+        them chunk by chunk is not noticed: those tokens all get the last position.
         """
         x = self._embed(inputs["decoder_token_ids"], state[0]["self_attention"]["position"])
         memories = [part["memory"] for part in state]

@@ -5,9 +5,13 @@ from typing import Any
 import keras
 import keras_hub
 
-from keras_performer.models._generation import compile_config, compile_with, generate_tokens
+from keras_performer.models._generation import compile_config, generate_tokens
 from keras_performer.models._load_preset import load_by_name
-from keras_performer.models._performer_task import take_loaders
+from keras_performer.models._performer_task import (
+    check_backbone,
+    compile_as_saved,
+    take_loaders,
+)
 from keras_performer.models.performer_seq_2_seq_backbone import PerformerSeq2SeqBackbone
 from keras_performer.models.performer_seq_2_seq_lm_preprocessor import (
     PerformerSeq2SeqLMPreprocessor,
@@ -41,6 +45,8 @@ class PerformerSeq2SeqLM(keras_hub.models.Seq2SeqLM):
 
     **Cost** The backbone's, and O(T D vocabulary_size).
 
+    **Raises** TypeError for another backbone.
+
     **Example**
 
     >>> backbone = PerformerSeq2SeqBackbone(
@@ -65,6 +71,8 @@ class PerformerSeq2SeqLM(keras_hub.models.Seq2SeqLM):
         preprocessor: PerformerSeq2SeqLMPreprocessor | None = None,
         **kwargs: Any,
     ):
+        check_backbone("PerformerSeq2SeqLM", backbone, PerformerSeq2SeqBackbone)
+
         # === Layers ===
         self.backbone = backbone
         self.preprocessor = preprocessor
@@ -78,9 +86,7 @@ class PerformerSeq2SeqLM(keras_hub.models.Seq2SeqLM):
         """Return how the model was compiled, with its sampler."""
         return compile_config(super().get_compile_config(), self.sampler)
 
-    def compile_from_config(self, config: dict[str, Any]) -> None:
-        """Compile as the saved model was."""
-        compile_with(self, config)
+    compile_from_config = compile_as_saved
 
     def generate_step(self, inputs: dict[str, Any], stop_token_ids: Any = None) -> dict[str, Any]:
         """Generate after a batch of prompts; the compiled part of `generate`.

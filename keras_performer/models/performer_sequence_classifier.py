@@ -13,7 +13,8 @@ from keras_performer.models._masked_pooling import MaskedPooling
 from keras_performer.models._performer_task import (
     check_backbone,
     class_for,
-    head_dtype,
+    compile_as_saved,
+    keep_quantized_head,
     rows,
     take_loaders,
 )
@@ -28,6 +29,7 @@ _ACTIVATIONS = {"single_label": "softmax", "multi_label": "sigmoid", "regression
 
 
 @load_by_name
+@keep_quantized_head
 @take_loaders
 @keras.saving.register_keras_serializable(package="keras_performer")
 class PerformerSequenceClassifier(keras_hub.models.TextClassifier):
@@ -35,7 +37,8 @@ class PerformerSequenceClassifier(keras_hub.models.TextClassifier):
 
     Token states are pooled into one vector, which a dense layer turns into `num_classes` outputs.
     With a `preprocessor`, `fit`, `evaluate`, `predict` and `embed` take raw strings. `fit` takes
-    lists, NumPy arrays, `tf.data`, grain, a `keras.utils.PyDataset` and a PyTorch `DataLoader`.
+    lists, NumPy arrays, `tf.data`, grain, a `keras.utils.PyDataset` and a PyTorch `DataLoader` of
+    known length.
 
     **Shapes** Inputs: a dict of `token_ids` and `padding_mask`, both integers (B, T). Output:
     (B, num_classes).
@@ -58,7 +61,7 @@ class PerformerSequenceClassifier(keras_hub.models.TextClassifier):
 
     **Masking** As in the backbone; padding changes no output.
 
-    **Precision** Pooling, head and logits are float32, or wider if the backbone is.
+    **Precision** Pooling, head and logits are float32.
 
     **Cost** The backbone's, and O(T D).
 
@@ -100,7 +103,12 @@ class PerformerSequenceClassifier(keras_hub.models.TextClassifier):
         hidden_dim: int | None = None,
         **kwargs: Any,
     ):
-        check_backbone("PerformerSequenceClassifier", backbone)
+        check_backbone(
+            "PerformerSequenceClassifier",
+            backbone,
+            PerformerEncoderBackbone,
+            PerformerDecoderBackbone,
+        )
         num_classes = positive_int("num_classes", num_classes)
         hidden_dim = optional_int("hidden_dim", hidden_dim)
         dropout_rate("dropout", dropout)
@@ -119,7 +127,7 @@ class PerformerSequenceClassifier(keras_hub.models.TextClassifier):
         # === Layers ===
         self.backbone = backbone
         self.preprocessor = preprocessor
-        dtype = head_dtype(backbone)
+        dtype = "float32"  # so that logits are not rounded
         self.pooling_layer = MaskedPooling(pooling, dtype=dtype, name="pooling")
         self.pooled_dropout = keras.layers.Dropout(dropout, dtype=dtype, name="pooled_dropout")
         self.pooled_dense = None
@@ -182,10 +190,7 @@ class PerformerSequenceClassifier(keras_hub.models.TextClassifier):
                 metrics = [keras.metrics.MeanAbsoluteError()]
         super().compile(optimizer=optimizer, loss=loss, metrics=metrics, **kwargs)
 
-    def compile_from_config(self, config: dict[str, Any]) -> None:
-        """Compile as the saved model was, so that a `.keras` file resumes with its optimizer."""
-        self.compile(**keras.saving.deserialize_keras_object(config))
-        self.optimizer.build(self.trainable_variables)
+    compile_from_config = compile_as_saved
 
     def embed(self, x: Any, per_token: bool = False, batch_size: int = 32) -> Any:
         """Vectors of sequences or of their tokens, as NumPy arrays of float32.

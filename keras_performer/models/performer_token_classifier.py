@@ -12,7 +12,8 @@ from keras_performer.models._performer_backbone import PerformerStack
 from keras_performer.models._performer_task import (
     check_backbone,
     class_for,
-    head_dtype,
+    compile_as_saved,
+    keep_quantized_head,
     take_loaders,
 )
 from keras_performer.models.performer_decoder_backbone import PerformerDecoderBackbone
@@ -24,14 +25,15 @@ from keras_performer.models.performer_token_classifier_preprocessor import (
 
 
 @load_by_name
+@keep_quantized_head
 @take_loaders
 @keras.saving.register_keras_serializable(package="keras_performer")
 class PerformerTokenClassifier(keras_hub.models.Task):
     """A Performer that gives every token a class, such as the secondary structure of a residue.
 
     With a `preprocessor`, `fit`, `evaluate` and `predict` take strings and a list of labels for
-    each, one label a token. They take lists, a `keras.utils.PyDataset` and a PyTorch `DataLoader`;
-    for `tf.data`, prepare the samples with the preprocessor first.
+    each, one label a token. They take lists, a `keras.utils.PyDataset` and a PyTorch `DataLoader`
+    of known length; for `tf.data`, prepare the samples with the preprocessor first.
 
     **Shapes** Inputs: a dict of `token_ids` and `padding_mask`, both integers (B, T). Output:
     logits (B, T, num_classes), float32.
@@ -48,8 +50,7 @@ class PerformerTokenClassifier(keras_hub.models.Task):
     **Masking** As in the backbone. The sample weights of the preprocessor keep special tokens and
     padding out of the loss and of *weighted* metrics.
 
-    **Precision** As the backbone's dtype policy; the last layer in float32, or wider if the
-    backbone is.
+    **Precision** As the backbone's dtype policy; the last layer is float32.
 
     **Cost** The backbone's, and O(T D num_classes).
 
@@ -83,7 +84,9 @@ class PerformerTokenClassifier(keras_hub.models.Task):
         dropout: float = 0.0,
         **kwargs: Any,
     ):
-        check_backbone("PerformerTokenClassifier", backbone)
+        check_backbone(
+            "PerformerTokenClassifier", backbone, PerformerEncoderBackbone, PerformerDecoderBackbone
+        )
         num_classes = positive_int("num_classes", num_classes)
 
         # === Layers ===
@@ -95,7 +98,7 @@ class PerformerTokenClassifier(keras_hub.models.Task):
         self.output_dense = keras.layers.Dense(
             num_classes,
             kernel_initializer=backbone.kernel_initializer.clone(),
-            dtype=head_dtype(backbone),
+            dtype="float32",  # so that logits are not rounded
             name="logits",
         )
 
@@ -142,10 +145,7 @@ class PerformerTokenClassifier(keras_hub.models.Task):
             weighted_metrics = [keras.metrics.SparseCategoricalAccuracy()]
         super().compile(optimizer, loss, weighted_metrics=weighted_metrics, **kwargs)
 
-    def compile_from_config(self, config: dict[str, Any]) -> None:
-        """Compile as the saved model was, so that a `.keras` file resumes with its optimizer."""
-        self.compile(**keras.saving.deserialize_keras_object(config))
-        self.optimizer.build(self.trainable_variables)
+    compile_from_config = compile_as_saved
 
     def get_config(self) -> dict[str, Any]:
         """Return the constructor's arguments."""

@@ -35,7 +35,8 @@ class PerformerTokenClassifierPreprocessor(keras_hub.models.Preprocessor):
     1 at labelled tokens, or the one given for the sequence (B,) or for each token; it is 0 at the
     start and the end token, at padding and at ignored labels, where y is 0.
 
-    **Raises** ValueError if a sequence has not one label for each token.
+    **Raises** ValueError if a sequence has not one label for each token, and inside TensorFlow's
+    graphs; TypeError for a dict, such as inputs that are prepared, and for a tuple of segments.
 
     **Example**
 
@@ -60,6 +61,21 @@ class PerformerTokenClassifierPreprocessor(keras_hub.models.Preprocessor):
 
     def call(self, x: Any, y: Any = None, sample_weight: Any = None) -> Any:
         """Tokenize and pack strings and labels."""
+        if isinstance(x, dict | tuple):
+            raise TypeError(
+                "PerformerTokenClassifierPreprocessor takes a string or a list of strings, one a "
+                "sequence. Set the task's `preprocessor` to None where inputs come prepared. "
+                f"Received: x of type {type(x).__name__}"
+            )
+        if self._use_tf_workflow():
+            # keras-hub tries here again what has failed on Python strings, and hides that error.
+            raise ValueError(
+                "PerformerTokenClassifierPreprocessor takes Python strings, with one label for "
+                "each token, and does not run inside TensorFlow's graphs. In `fit` and `evaluate` "
+                "check that every sequence has as many labels as the tokenizer makes tokens of "
+                "it. For `tf.data`, prepare the samples before. Received: x of type "
+                f"{type(x).__name__}"
+            )
         single = isinstance(x, str | bytes)
         texts = [x] if single else list(x)
         rows = [np.asarray(ids, "int32") for ids in self.tokenizer(texts)]
