@@ -1,6 +1,6 @@
 """Build `performer_protein_small`, which fills in residues, and its softmax twin.
 
-With PyTorch each of the two takes about 45 minutes of one x86 core; `--without-twin`
+With PyTorch each of the two takes about 90 minutes of one x86 core; `--without-twin`
 publishes while the twin is unfinished.
 """
 
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         softmax_twin=phrase,
         baseline="the frequencies of the residues in the training proteins.",
         limits=[
-            "A processor's hour of training: language models of proteins from accelerators, which "
+            "Two hours of one core: language models of proteins from accelerators, which "
             "saw thousands of times as many residues, reach perplexities of 6 to 12.",
             f"It saw windows of at most {room} residues.",
             "It helps where labels are few, not everywhere: zoo/README.md compares training from "
