@@ -584,7 +584,7 @@ def test_what_has_no_near_field_is_refused():
     with pytest.raises(ValueError, match=f"one number for each of the {KEY_HEADS} key heads"):
         favor_attention(query, key, value, fm, exact_window=4, far_bias=np.zeros(KEY_HEADS + 1))
     for bad in (-1, 2.5, "4"):
-        with pytest.raises(ValueError, match="exact_window must be None or an integer"):
+        with pytest.raises(ValueError, match="exact_window must be an integer of at least 0"):
             favor_attention(query, key, value, fm, exact_window=bad)
     with pytest.raises(NotImplementedError, match="has no exact near field"):
         favor_attention(query, key, value, fm, exact_window=4, implementation="chunked")

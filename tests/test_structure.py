@@ -116,13 +116,13 @@ def test_layers_import_keras_and_numpy_only():
     assert not imported & (FRAMEWORKS | {"keras_hub", "h5py"})
 
 
-@pytest.mark.skipif(keras.config.backend() == "tensorflow", reason="TensorFlow is the backend")
 def test_a_backend_that_a_signal_killed_fails_the_run(monkeypatch):
     monkeypatch.setattr(run, "run", lambda backend, arguments: -9 if backend == "jax" else 0)
     monkeypatch.setattr(sys, "argv", ["run.py"])
     assert run.main() == 1
 
 
+@pytest.mark.skipif(keras.config.backend() == "tensorflow", reason="TensorFlow is the backend")
 def test_layers_leave_tensorflow_out():
     script = "import sys, keras_performer.layers; sys.exit('tensorflow' in sys.modules)"
     env = {**os.environ, "KERAS_BACKEND": keras.config.backend()}
