@@ -1030,6 +1030,7 @@ def fit_one_step(layer, x, y, jit=True, **options):
     ids=["causal", "bidirectional", "window"],
 )
 def test_compiled_training_step(options, call):
+    keras.utils.set_random_seed(0)
     layer = make_layer(**options)
     x = make_inputs(length=131)
     projection = None
