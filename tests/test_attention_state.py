@@ -43,6 +43,13 @@ def make_inputs(length, seed=0):
     return np.random.default_rng(seed).standard_normal((BATCH, length, WIDTH)).astype("float32")
 
 
+def symbols_of(state):
+    return {
+        name: keras.KerasTensor(tuple(tensor.shape), keras.backend.standardize_dtype(tensor.dtype))
+        for name, tensor in state.items()
+    }
+
+
 def left_padded(length, padding):
     mask = np.ones((BATCH, length), bool)
     mask[0, :padding] = False
@@ -170,10 +177,7 @@ def test_the_symbolic_state_has_the_shapes_of_the_real_one(kind):
     layer = make_layer(kind)
     x = make_inputs(3)
     state = layer.initial_state(BATCH, 6)
-    symbols = {
-        name: keras.KerasTensor(tuple(tensor.shape), keras.backend.standardize_dtype(tensor.dtype))
-        for name, tensor in state.items()
-    }
+    symbols = symbols_of(state)
     spec, state_spec = layer.compute_output_spec(
         keras.KerasTensor(x.shape),
         keras.KerasTensor(x.shape),
@@ -192,10 +196,7 @@ def test_the_symbolic_state_has_a_segment_if_the_call_has():
     ids = np.zeros((BATCH, 3), "int32")
     options = {"use_causal_mask": True, "return_state": True}
     _, state = layer(x, x, segment_ids=ids, **options)
-    symbols = {
-        name: keras.KerasTensor(tuple(tensor.shape), keras.backend.standardize_dtype(tensor.dtype))
-        for name, tensor in state.items()
-    }
+    symbols = symbols_of(state)
     for given in ({}, {"segment_ids": ids}):
         _, after = layer(x, x, initial_state=state, **given, **options)
         spec = layer.compute_state_spec(BATCH, symbols, True, given.get("segment_ids"))

@@ -164,7 +164,7 @@ def favor_attention(
     query = ops.transpose(ops.reshape(query, grouped), (0, 2, 3, 1, 4))
     key, value = (ops.transpose(t, (0, 2, 1, 3)) for t in (key, value))
     if key_mask is not None:
-        key_mask = check_key_mask(key_mask, key.shape[0], key.shape[1], key.shape[2])
+        key_mask = check_key_mask(key_mask, *key.shape[:3])
         key, value = (ops.where(ops.expand_dims(key_mask, -1), t, 0.0) for t in (key, value))
     runs = None
     if segment_ids is not None:
@@ -207,8 +207,8 @@ def favor_attention(
     output = ops.cast(output, output_dtype)
     if not return_state:
         return output
-    # Keras promotes float64 to float32 on PyTorch here and there.
-    state |= {name: ops.cast(state[name], dtype) for name in ("kv", "k_sum", "log_max")}
+    if dtype == "float64":  # which Keras promotes to float32 on PyTorch here and there
+        state |= {name: ops.cast(state[name], dtype) for name in ("kv", "k_sum", "log_max")}
     if segment_ids is not None:
         state["segment_id"] = segment_ids[:, -1]
     return output, state
@@ -344,7 +344,7 @@ def favor_attention_weights(
     query = ops.transpose(ops.reshape(query, grouped), (0, 2, 3, 1, 4))
     key = ops.transpose(key, (0, 2, 1, 3))
     if key_mask is not None:
-        key_mask = check_key_mask(key_mask, key.shape[0], key.shape[1], key.shape[2])
+        key_mask = check_key_mask(key_mask, *key.shape[:3])
         key = ops.where(ops.expand_dims(key_mask, -1), key, 0.0)
     runs = None if segment_ids is None else _run_indices(segment_ids, None)
     near = None

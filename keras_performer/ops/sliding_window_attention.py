@@ -89,7 +89,7 @@ def sliding_window_attention(
     if key_mask is None:
         key_mask = ops.ones((batch, 1, key_length), "bool")
     else:
-        key_mask = check_key_mask(key_mask, key.shape[0], key.shape[1], key.shape[2])
+        key_mask = check_key_mask(key_mask, *key.shape[:3])
         key, value = (ops.where(ops.expand_dims(key_mask, -1), t, 0.0) for t in (key, value))
     value, mask = with_ones(value, key_mask), ops.expand_dims(key_mask, -1)
 
