@@ -24,7 +24,8 @@ from keras_performer.ops import (
     softmax_attention,
     softmax_weights,
 )
-from keras_performer.ops._chunks import differ, run_indices
+from keras_performer.ops._chunks import run_indices
+from keras_performer.ops._inputs import differ, fits
 from keras_performer.ops._near_field import positions_of
 
 
@@ -917,8 +918,7 @@ def _check_places(
     if positions is None:
         return
     shape = tuple(positions.shape)
-    expected = (batch, length)[-len(shape) :]
-    if len(shape) not in (1, 2) or any(map(differ, shape, expected)):
+    if not (fits(shape, (length,)) or fits(shape, (batch, length))):
         raise ValueError(
             f"positions must be integers of shape ({length},) or ({batch}, {length}), one for each "
             f"token. Received: positions of shape {shape}"

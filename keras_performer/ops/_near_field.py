@@ -225,25 +225,6 @@ def remembered(state: dict[str, Any], window: int) -> tuple[Any, Any, Any]:
     )
 
 
-def empty(
-    heads: tuple[Any, int],
-    window: int,
-    num_sinks: int,
-    *,
-    head_dim: int,
-    value_dim: int,
-    dtype: str,
-) -> dict[str, Any]:
-    """What an empty causal state of (B, K) heads holds beside the sums."""
-    state = {"window_position": ops.zeros(heads[:1], "int32")}
-    for name, count in (("window", 2 * window), ("sink", num_sinks)):
-        if count:
-            state[f"{name}_key"] = ops.zeros((*heads, count, head_dim), dtype)
-            state[f"{name}_value"] = ops.zeros((*heads, count, value_dim), dtype)
-            state[f"{name}_mask"] = ops.zeros((*heads, count), "bool")
-    return state
-
-
 def positions_of(mask: Any, runs: Any, start: Any) -> Any:
     """Positions (B, T) by the mask (B, T), after the `start` (B,) tokens of a state."""
     batch, length = ops.shape(mask)

@@ -7,14 +7,17 @@ from keras import ops
 from keras.utils import is_keras_tensor
 
 from keras_performer.ops import _blocked, _chunked, _fused, _near_field, _reference, _windowed
-from keras_performer.ops._chunks import (
-    LOG_ZERO,
+from keras_performer.ops._chunks import LOG_ZERO, dtype_of, run_indices
+from keras_performer.ops._inputs import (
+    by_key_heads,
     check_key_mask,
     check_segment_ids,
     check_shapes,
     differ,
-    dtype_of,
-    run_indices,
+    fits,
+    group_queries,
+    ungroup,
+    wide_dtype,
 )
 
 FUSED = {"triton": _fused.TRITON, "pallas": _fused.PALLAS}
@@ -140,8 +143,7 @@ def favor_attention(
             )
     query, key, value = (ops.convert_to_tensor(t) for t in (query, key, value))
     check_shapes(query, key, value, causal, segment_ids is not None)
-    if segment_ids is not None:
-        segment_ids = check_segment_ids(segment_ids, query)
+    segment_ids = check_segment_ids(segment_ids, query)
     _check_feature_map(feature_map)
     exact_window = _check_window(exact_window, num_sink_tokens, feature_map, query, key)
     far_bias = _check_far_bias(far_bias, exact_window, key)
@@ -155,17 +157,13 @@ def favor_attention(
     )
     _build(feature_map, key)
     output_dtype = dtype_of(query)
-    dtype = "float64" if output_dtype == "float64" else "float32"
+    dtype = wide_dtype(query)
     if chosen not in FUSED:  # whose kernels widen what they read on chip
         query, key, value = (ops.cast(t, dtype) for t in (query, key, value))
-    batch, length, num_heads, head_dim = ops.shape(query)
-    num_key_heads, value_dim = key.shape[2], value.shape[3]
-    grouped = (batch, length, num_key_heads, num_heads // num_key_heads, head_dim)
-    query = ops.transpose(ops.reshape(query, grouped), (0, 2, 3, 1, 4))
-    key, value = (ops.transpose(t, (0, 2, 1, 3)) for t in (key, value))
-    if key_mask is not None:
-        key_mask = check_key_mask(key_mask, *key.shape[:3])
-        key, value = (ops.where(ops.expand_dims(key_mask, -1), t, 0.0) for t in (key, value))
+    key_mask = check_key_mask(key_mask, key)
+    length, num_key_heads = query.shape[1], key.shape[2]
+    query = group_queries(query, num_key_heads)
+    key, value = (by_key_heads(t, key_mask) for t in (key, value))
     runs = None
     if segment_ids is not None:
         if not causal and (initial_state is not None or return_state):
@@ -183,7 +181,7 @@ def favor_attention(
             "legacy_epsilon=None."
         )
     if initial_state is not None:
-        sizes = (key.shape[0], num_key_heads, feature_map.feature_dim, head_dim, value_dim)
+        sizes = (key.shape[0], num_key_heads, feature_map.feature_dim, key.shape[3], value.shape[3])
         window = (exact_window, num_sink_tokens) if exact_window else None
         initial_state = _check_state(initial_state, sizes, window, causal, dtype)
     operands = feature_map.operands(key, key_mask)
@@ -201,10 +199,7 @@ def favor_attention(
             output = output + 0.0 * ops.cast(ops.sum(far_bias), dtype_of(output))
     else:
         output, state = attend(*arguments, **options)
-    output = ops.reshape(
-        ops.transpose(output, (0, 3, 1, 2, 4)), (batch, length, num_heads, value_dim)
-    )
-    output = ops.cast(output, output_dtype)
+    output = ops.cast(ungroup(output), output_dtype)
     if not return_state:
         return output
     if dtype == "float64":  # which Keras promotes to float32 on PyTorch here and there
@@ -282,18 +277,15 @@ def empty_favor_state(
     >>> tuple(empty_favor_state(feature_map, 1, 2, 8)["kv"].shape)
     (1, 2, 16, 8)
     """
-    shape = (batch_size, num_key_heads, feature_map.feature_dim)
-    log_zero = LOG_ZERO if feature_map.log_space else 0.0
+    heads = (batch_size, num_key_heads)
+    sizes = (*heads, feature_map.feature_dim, feature_map.head_dim, value_dim)
+    shapes = _state_shapes(sizes, (exact_window, num_sink_tokens) if exact_window else None)
     state = {
-        "kv": ops.zeros((*shape, value_dim), dtype),
-        "k_sum": ops.zeros(shape, dtype),
-        "log_max": ops.zeros(shape, dtype) + log_zero,
+        name: ops.zeros(shape, _STATE_TYPES.get(name, dtype)) for name, shape in shapes.items()
     }
-    if not exact_window:
-        return state
-    sizes = {"head_dim": feature_map.head_dim, "value_dim": value_dim}
-    window = _near_field.empty(shape[:2], exact_window, num_sink_tokens, dtype=dtype, **sizes)
-    return {**state, **window}
+    if feature_map.log_space:
+        state["log_max"] = state["log_max"] + LOG_ZERO
+    return state
 
 
 def favor_attention_weights(
@@ -329,23 +321,18 @@ def favor_attention_weights(
     """
     query, key = ops.convert_to_tensor(query), ops.convert_to_tensor(key)
     check_shapes(query, key, key, causal, segment_ids is not None)
-    if segment_ids is not None:
-        segment_ids = check_segment_ids(segment_ids, query)
+    segment_ids = check_segment_ids(segment_ids, query)
     _check_feature_map(feature_map)
     exact_window = _check_window(exact_window, num_sink_tokens, feature_map, query, key)
     far_bias = _check_far_bias(far_bias, exact_window, key)
     _build(feature_map, key)
     output_dtype = dtype_of(query)
-    dtype = "float64" if output_dtype == "float64" else "float32"
-    query, key = ops.cast(query, dtype), ops.cast(key, dtype)
-    batch, length, num_heads, head_dim = ops.shape(query)
+    dtype = wide_dtype(query)
+    batch, length, num_heads, _ = ops.shape(query)
     num_keys, num_key_heads = ops.shape(key)[1:3]
-    grouped = (batch, length, num_key_heads, num_heads // num_key_heads, head_dim)
-    query = ops.transpose(ops.reshape(query, grouped), (0, 2, 3, 1, 4))
-    key = ops.transpose(key, (0, 2, 1, 3))
-    if key_mask is not None:
-        key_mask = check_key_mask(key_mask, *key.shape[:3])
-        key = ops.where(ops.expand_dims(key_mask, -1), key, 0.0)
+    key_mask = check_key_mask(key_mask, key)
+    query = group_queries(ops.cast(query, dtype), num_key_heads)
+    key = by_key_heads(ops.cast(key, dtype), key_mask)
     runs = None if segment_ids is None else _run_indices(segment_ids, None)
     near = None
     if exact_window:
@@ -476,6 +463,26 @@ def _check_far_bias(far_bias: Any, exact_window: int | None, key: Any) -> Any:
     return far_bias
 
 
+_STATE_TYPES = {"window_position": "int32", "window_mask": "bool", "sink_mask": "bool"}
+"""The types of what a state holds, where they are not that of its sums."""
+
+
+def _state_shapes(sizes: tuple[Any, ...], window: tuple[int, int] | None) -> dict[str, Any]:
+    """The shapes in a state; `sizes` are B, K, M, H, V, and `window` is W and s."""
+    *heads, num_features, head_dim, value_dim = sizes
+    sums = (*heads, num_features)
+    shapes = {"kv": (*sums, value_dim), "k_sum": sums, "log_max": sums}
+    if window is None:
+        return shapes
+    shapes["window_position"] = (heads[0],)
+    for name, count in (("window", 2 * window[0]), ("sink", window[1])):
+        if count:
+            shapes[f"{name}_key"] = (*heads, count, head_dim)
+            shapes[f"{name}_value"] = (*heads, count, value_dim)
+            shapes[f"{name}_mask"] = (*heads, count)
+    return shapes
+
+
 def _check_state(
     state: dict[str, Any],
     sizes: tuple[Any, ...],
@@ -484,39 +491,27 @@ def _check_state(
     dtype: str,
 ) -> dict[str, Any]:
     """Cast the tensors of a state; `sizes` are B, K, M, H, V, and `window` is W and s."""
-    *heads, num_features, head_dim, value_dim = sizes
-    sums = (*heads, num_features)
-    expected = {"kv": (*sums, value_dim), "k_sum": sums, "log_max": sums}
     if window is None and isinstance(state, dict) and "window_key" in state:
         raise ValueError(
             "initial_state comes from a call with an exact window, whose keys its sums leave out: "
             "pass the same exact_window. Received: exact_window=None"
         )
-    if window is not None and (causal or "window_key" in state):
-        expected["window_position"] = (heads[0],)
-        for name, count in (("window", 2 * window[0]), ("sink", window[1])):
-            if count:
-                expected[f"{name}_key"] = (*heads, count, head_dim)
-                expected[f"{name}_value"] = (*heads, count, value_dim)
-                expected[f"{name}_mask"] = (*heads, count)
+    has_window = causal or "window_key" in state
+    expected = _state_shapes(sizes, window if has_window else None)
     if not isinstance(state, dict) or not set(expected) <= set(state):
         raise ValueError(
             f"initial_state must be a state that favor_attention returned, with {sorted(expected)}."
             f" Received: initial_state={state!r}"
         )
-    types = {"window_position": "int32", "window_mask": "bool", "sink_mask": "bool"}
     tensors = {
-        name: ops.cast(ops.convert_to_tensor(state[name]), types.get(name, dtype))
+        name: ops.cast(ops.convert_to_tensor(state[name]), _STATE_TYPES.get(name, dtype))
         for name in expected
     }
     for name, tensor in tensors.items():
-        received = tuple(tensor.shape)
-        if len(received) != len(expected[name]) or any(
-            differ(a, b) for a, b in zip(received, expected[name], strict=True)
-        ):
+        if not fits(tensor.shape, expected[name]):
             raise ValueError(
                 f"initial_state[{name!r}] must have the shape {expected[name]}, which follows from "
                 "batch, key heads, features, value size and window. "
-                f"Received: shape {received}"
+                f"Received: shape {tuple(tensor.shape)}"
             )
     return tensors

@@ -6,12 +6,10 @@ from keras import ops
 
 from keras_performer.ops._chunks import (
     LOG_ZERO,
-    check_key_mask,
-    check_segment_ids,
-    check_shapes,
     dtype_of,
     exp,
     hide,
+    join_rows,
     normalize,
     overlapping,
     pad,
@@ -21,6 +19,15 @@ from keras_performer.ops._chunks import (
     split_rows,
     tile_rows,
     with_ones,
+)
+from keras_performer.ops._inputs import (
+    by_key_heads,
+    check_key_mask,
+    check_segment_ids,
+    check_shapes,
+    group_queries,
+    ungroup,
+    wide_dtype,
 )
 from keras_performer.ops._scan import scan
 
@@ -73,24 +80,15 @@ def sliding_window_attention(
         )
     query, key, value = (ops.convert_to_tensor(t) for t in (query, key, value))
     check_shapes(query, key, value, False, segment_ids is not None)
-    if segment_ids is not None:
-        segment_ids = check_segment_ids(segment_ids, query)
-    output_dtype = dtype_of(query)
-    dtype = "float64" if output_dtype == "float64" else "float32"
-    batch, length, num_heads, head_dim = ops.shape(query)
-    key_length, num_key_heads = ops.shape(key)[1:3]
-    num_groups, value_dim = num_heads // num_key_heads, value.shape[3]
-    query = ops.reshape(
-        ops.cast(query, dtype) * head_dim**-0.5,
-        (batch, length, num_key_heads, num_groups, head_dim),
-    )
-    query = ops.transpose(query, (0, 2, 3, 1, 4))
-    key, value = (ops.transpose(ops.cast(t, dtype), (0, 2, 1, 3)) for t in (key, value))
+    segment_ids = check_segment_ids(segment_ids, query)
+    key_mask = check_key_mask(key_mask, key)
+    output_dtype, dtype = dtype_of(query), wide_dtype(query)
+    length, (batch, key_length) = ops.shape(query)[1], ops.shape(key)[:2]
+    query = group_queries(ops.cast(query, dtype) * query.shape[3] ** -0.5, key.shape[2])
+    num_groups = query.shape[2]
+    key, value = (by_key_heads(ops.cast(t, dtype), key_mask) for t in (key, value))
     if key_mask is None:
         key_mask = ops.ones((batch, 1, key_length), "bool")
-    else:
-        key_mask = check_key_mask(key_mask, *key.shape[:3])
-        key, value = (ops.where(ops.expand_dims(key_mask, -1), t, 0.0) for t in (key, value))
     value, mask = with_ones(value, key_mask), ops.expand_dims(key_mask, -1)
 
     longest = length if causal else ops.maximum(length, key_length)
@@ -134,9 +132,6 @@ def sliding_window_attention(
         attend,
         (ops.zeros((1,), dtype),),
         tuple(xs),
-        output_shapes=[(*ops.shape(queries)[1:-1], value_dim)],
+        output_shapes=[(*ops.shape(queries)[1:-1], value.shape[3] - 1)],
     )
-    blocks = (*ops.shape(queries)[:3], num_groups, size, value_dim)
-    output = ops.transpose(ops.reshape(output, blocks), (1, 0, 4, 2, 3, 5))
-    output = ops.reshape(output, (batch, total, num_heads, value_dim))[:, :length]
-    return ops.cast(output, output_dtype)
+    return ops.cast(ungroup(join_rows(output, query, size)), output_dtype)

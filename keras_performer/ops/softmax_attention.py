@@ -5,14 +5,13 @@ from typing import Any
 
 from keras import ops
 
-from keras_performer.ops._chunks import (
+from keras_performer.ops._chunks import dtype_of, run_indices, same_run
+from keras_performer.ops._inputs import (
     check_key_mask,
     check_segment_ids,
     check_shapes,
-    differ,
-    dtype_of,
-    run_indices,
-    same_run,
+    fits,
+    wide_dtype,
 )
 from keras_performer.ops.sliding_window_attention import sliding_window_attention
 
@@ -67,10 +66,8 @@ def softmax_attention(
     """
     query, key, value = (ops.convert_to_tensor(t) for t in (query, key, value))
     check_shapes(query, key, value, causal, segment_ids is not None)
-    if key_mask is not None:
-        check_key_mask(key_mask, key.shape[0], key.shape[2], key.shape[1])
-        key_mask = ops.cast(key_mask, "bool")
-        key, value = _drop(key, key_mask), _drop(value, key_mask)
+    key_mask = check_key_mask(key_mask, key)
+    key, value = _drop(key, key_mask), _drop(value, key_mask)
     masks = {"key_mask": key_mask, "segment_ids": segment_ids}
     if initial_state is None:
         if return_state:
@@ -86,15 +83,14 @@ def softmax_attention(
             return _dense(query, key, value, None, causal)
         return _dense(query, key, value, _visible(query, key, causal, None, **masks))
 
-    if segment_ids is not None or (key_mask is not None and len(key_mask.shape) == 3):
+    if segment_ids is not None or (key_mask is not None and key_mask.shape[1] != 1):
         raise ValueError(
             "Softmax attention with a state takes a key_mask (batch, length) and no segment_ids. "
             f"Received: {', '.join(name for name, mask in masks.items() if mask is not None)}"
         )
     _check_state(initial_state, key, value)
     capacity, length = ops.shape(initial_state["key"])[1], query.shape[1]
-    if key_mask is None:
-        key_mask = ops.ones(ops.shape(key)[:2], "bool")
+    key_mask = ops.ones(ops.shape(key)[:2], "bool") if key_mask is None else key_mask[:, 0]
     keys, values, mask = (
         ops.concatenate([ops.cast(past, dtype_of(new)), new], axis=1)
         for past, new in (
@@ -111,7 +107,8 @@ def softmax_attention(
             aligned, keys, values, sliding_window, causal=causal, key_mask=mask
         )[:, capacity:]
     else:
-        visible = _visible(query, keys, causal, sliding_window, mask, offset=capacity)
+        mask_of_heads = ops.expand_dims(mask, 1)
+        visible = _visible(query, keys, causal, sliding_window, mask_of_heads, offset=capacity)
         output = _dense(query, keys, values, visible)
     if not return_state:
         return output
@@ -174,10 +171,10 @@ def softmax_weights(
     """
     query, key = ops.convert_to_tensor(query), ops.convert_to_tensor(key)
     output_dtype = dtype_of(query)
-    dtype = "float64" if output_dtype == "float64" else "float32"
-    if key_mask is not None:
-        key_mask = ops.cast(key_mask, "bool")
-        key = _drop(key, key_mask)
+    dtype = wide_dtype(query)
+    check_shapes(query, key, key, causal, segment_ids is not None)
+    key_mask = check_key_mask(key_mask, key)
+    key = _drop(key, key_mask)
     visible = _visible(query, key, causal, sliding_window, key_mask, segment_ids)
     key = ops.repeat(ops.cast(key, dtype), query.shape[2] // key.shape[2], axis=2)
     scores = ops.einsum("btnh,bsnh->bnts", ops.cast(query, dtype), key) * key.shape[-1] ** -0.5
@@ -195,7 +192,7 @@ def _check_state(state: dict[str, Any], key: Any, value: Any) -> None:
     expected = {"key": (*heads, head_dim), "value": (*heads, value.shape[3])}
     for name, shape in {**expected, "key_mask": (batch, None)}.items():
         found = tuple(state[name].shape) if name in state else ()
-        if len(found) != len(shape) or any(map(differ, found, shape)):
+        if not fits(found, shape):
             raise ValueError(
                 "initial_state must hold `key`, `value` and `key_mask` of as many rows and heads "
                 "as the new keys: pass a state that was returned, or `empty_softmax_state(...)`. "
@@ -207,10 +204,9 @@ def _check_state(state: dict[str, Any], key: Any, value: Any) -> None:
 
 def _drop(x: Any, key_mask: Any) -> Any:
     """Zero the masked keys of (B, S, K, H): what they hold, NaN included, does not matter."""
-    if len(key_mask.shape) == 3:
-        mask = ops.expand_dims(ops.transpose(key_mask, (0, 2, 1)), -1)
-    else:
-        mask = ops.expand_dims(key_mask, (2, 3))
+    if key_mask is None:
+        return x
+    mask = ops.expand_dims(ops.transpose(key_mask, (0, 2, 1)), -1)
     return ops.where(mask, x, ops.zeros((), dtype_of(x)))
 
 
@@ -228,13 +224,12 @@ def _visible(
     `offset` is the place of the first query among the keys.
     """
     parts = []
-    if key_mask is not None and len(key_mask.shape) == 3:
+    if key_mask is not None:
         groups = query.shape[2] // key.shape[2] if key_mask.shape[1] != 1 else 1
         parts.append(ops.expand_dims(ops.repeat(key_mask, groups, axis=1), 2))
-    elif key_mask is not None:
-        parts.append(ops.expand_dims(key_mask, (1, 2)))
+    segment_ids = check_segment_ids(segment_ids, query)
     if segment_ids is not None:
-        runs = run_indices(check_segment_ids(segment_ids, query))
+        runs = run_indices(segment_ids)
         parts.append(same_run(runs, runs))
     rows = ops.expand_dims(ops.arange(ops.shape(query)[1]), -1) + offset
     distance = rows - ops.expand_dims(ops.arange(ops.shape(key)[1]), 0)
