@@ -99,13 +99,12 @@ def test_a_stream_equals_one_call(kind):
     x, encoded = inputs(length=9), inputs(length=5, width=6, seed=4)
     extra = [encoded] if kind == "crossing" else []
     expected = call(stack, x, *extra)
-    state = [{"self_attention": block.initial_state(2)} for block in stack.blocks]
+    state, memories = [block.initial_state(2) for block in stack.blocks], None
     if kind == "crossing":
-        for block, part in zip(stack.blocks, state, strict=True):
-            part["memory"] = block.encoder_memory(encoded)
+        memories = [block.encoder_memory(encoded) for block in stack.blocks]
     outputs = []
     for start, stop in itertools.pairwise((0, 3, 4, 9)):
-        output, state = call(stack.call_with_state, x[:, start:stop], state)
+        output, state = call(stack.call_with_state, x[:, start:stop], state, None, memories)
         outputs.append(to_numpy(output))
     assert_close(np.concatenate(outputs, axis=1), expected, "layer")
 

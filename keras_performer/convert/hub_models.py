@@ -13,16 +13,19 @@ from typing import Any
 
 import keras
 import keras_hub
-from keras import ops
 
 from keras_performer.convert._transformer_block import as_config, with_seed
 from keras_performer.convert.exact_bert_backbone import ExactBertBackbone
 from keras_performer.convert.exact_bert_masked_lm import ExactBertMaskedLM
 from keras_performer.convert.performer_transformer_decoder import PerformerTransformerDecoder
 from keras_performer.convert.performer_transformer_encoder import PerformerTransformerEncoder
-from keras_performer.models._generation import compile_config, generate_tokens
+from keras_performer.models._generation import compile_config, generate_step
 from keras_performer.models._load_preset import load_by_name
-from keras_performer.models._performer_backbone import check_length, set_own_policies
+from keras_performer.models._performer_backbone import (
+    check_length,
+    positions_after,
+    set_own_policies,
+)
 from keras_performer.models._performer_task import compile_as_saved, keep_quantized_head
 
 
@@ -278,10 +281,7 @@ class PerformerGPT2Backbone(_LinearAttention, keras_hub.models.GPT2Backbone):
         """
         check_length(inputs["token_ids"], self.max_sequence_length)
         tokens = self.token_embedding(inputs["token_ids"])
-        index = ops.arange(ops.shape(tokens)[1], dtype="int32")
-        positions = ops.expand_dims(state[0]["position"], -1) + index
-        # How far a stream has come is not known here; generation checks its length.
-        positions = ops.minimum(positions, self.max_sequence_length - 1)
+        positions = positions_after(state[0]["position"], tokens, self.max_sequence_length)
         x = self.embeddings_add((tokens, self.position_embedding(tokens, positions=positions)))
         after = []
         for layer, before in zip(self.transformer_layers, state, strict=True):
@@ -325,6 +325,7 @@ class PerformerGPT2CausalLM(keras_hub.models.GPT2CausalLM):
         return compile_config(super().get_compile_config(), self.sampler)
 
     compile_from_config = compile_as_saved
+    generate_step = generate_step
 
     def call_with_cache(self, token_ids: Any, cache: Any, cache_update_index: Any) -> Any:
         """Refuse: there are no keys and values to cache."""
@@ -333,25 +334,6 @@ class PerformerGPT2CausalLM(keras_hub.models.GPT2CausalLM):
             "This model carries a state of fixed size in place of a cache of keys and values: use "
             "`backbone.initial_state` and `backbone.call_with_state`."
         )
-
-    def generate_step(self, inputs: dict[str, Any], stop_token_ids: Any = None) -> dict[str, Any]:
-        """Generate after a batch of prompts; see `keras_hub.models.GPT2CausalLM`."""
-        batch_size, length = ops.shape(inputs["token_ids"])
-
-        def read(token_ids: Any, mask: Any, state: Any) -> tuple[Any, Any, Any]:
-            inputs = {"token_ids": token_ids, "padding_mask": mask}
-            hidden, state = self.backbone.call_with_state(inputs, state)
-            return self.backbone.token_embedding(hidden, reverse=True), hidden, state
-
-        token_ids, padding_mask = generate_tokens(
-            self,
-            read,
-            inputs["token_ids"],
-            inputs["padding_mask"],
-            self.backbone.initial_state(batch_size, length),
-            stop_token_ids,
-        )
-        return {"token_ids": token_ids, "padding_mask": padding_mask}
 
 
 BACKBONES: dict[type, type] = {

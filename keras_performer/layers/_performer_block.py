@@ -21,12 +21,14 @@ from keras_performer.layers.performer_attention import PerformerAttention
 class PerformerBlock(keras.layers.Layer):
     """The abstract block: self-attention and a feed-forward part, each on a residual branch.
 
-    A subclass defines `build`, `call`, and whether it is `causal`.
+    A subclass defines `build`, `call`, and whether it is `causal`; one that can attend to an
+    encoder, also `attend_encoder`, and sets `cross_attention` where a block does.
 
     **Args** Those that `PerformerEncoderBlock` documents.
     """
 
     causal: ClassVar[bool]
+    cross_attention: bool = False
 
     def __init__(
         self,
@@ -185,6 +187,16 @@ class PerformerBlock(keras.layers.Layer):
             dtype=self.dtype_policy,
             name=name,
         )
+
+    def check_encoder(self, encoder_outputs: Any) -> None:
+        """Raise ValueError unless there are outputs, or a shape of them, where they are used."""
+        if (encoder_outputs is not None) != self.cross_attention:
+            raise ValueError(
+                "`encoder_outputs` go with decoder blocks of cross_attention=True, and with "
+                f"nothing else. Received: the block {self.name!r} with cross_attention="
+                f"{self.cross_attention}, encoder_outputs "
+                f"{'missing' if encoder_outputs is None else 'given'}"
+            )
 
     def _run(self, function: Callable[..., Any], training: bool | None, *arguments: Any) -> Any:
         """`function(*arguments)`, nested or not; with `remat`, training keeps these only.

@@ -67,7 +67,7 @@ class PerformerDecoderBlock(PerformerBlock):
         encoder_outputs_shape: tuple[int | None, ...] | None = None,
     ) -> None:
         """Create the sublayers for inputs (B, T, D) and encoder outputs (B, S, D')."""
-        self._check_encoder(encoder_outputs_shape)
+        self.check_encoder(encoder_outputs_shape)
         self._build_block(inputs_shape)
         if self.cross_attention:
             self.cross_attention_norm = self._build_norm("cross_attention_norm", inputs_shape)
@@ -75,14 +75,6 @@ class PerformerDecoderBlock(PerformerBlock):
                 "cross_attention", inputs_shape, encoder_outputs_shape or inputs_shape
             )
             self.cross_attention_dropout = self._build_dropout("cross_attention_dropout", 0)
-
-    def _check_encoder(self, encoder_outputs: Any) -> None:
-        if (encoder_outputs is not None) != self.cross_attention:
-            raise ValueError(
-                "`encoder_outputs` go with cross_attention=True, and with nothing else. Received: "
-                f"cross_attention={self.cross_attention}, encoder_outputs "
-                f"{'missing' if encoder_outputs is None else 'given'}"
-            )
 
     def call(
         self,
@@ -113,7 +105,7 @@ class PerformerDecoderBlock(PerformerBlock):
 
         **Returns** (B, T, D), or a pair of it and the state.
         """
-        self._check_encoder(encoder_outputs)
+        self.check_encoder(encoder_outputs)
         key_mask = merge_masks(inputs, padding_mask)
         if self.cross_attention and not isinstance(encoder_outputs, dict):
             encoder_padding_mask = merge_masks(encoder_outputs, encoder_padding_mask)

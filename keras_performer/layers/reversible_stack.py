@@ -9,6 +9,7 @@ from keras import ops
 from keras_performer.layers._performer_block import PerformerBlock
 from keras_performer.layers._recomputed import pure
 from keras_performer.layers.performer_attention import merge_masks
+from keras_performer.ops._inputs import wide_dtype
 from keras_performer.ops._reversible import compiles, reversible
 
 
@@ -72,8 +73,8 @@ class ReversibleStack(keras.layers.Layer):
         encoder_outputs_shape: tuple[int | None, ...] | None = None,
     ) -> None:
         """Build the blocks for inputs (B, T, D) and encoder outputs (B, S, D')."""
-        self._check_encoder(encoder_outputs_shape)
         for block in self.blocks:
+            block.check_encoder(encoder_outputs_shape)
             if block.built:
                 continue
             if encoder_outputs_shape is None:
@@ -92,7 +93,8 @@ class ReversibleStack(keras.layers.Layer):
         training: bool | None = None,
     ) -> Any:
         """Run the blocks; the arguments are theirs."""
-        self._check_encoder(encoder_outputs)
+        for block in self.blocks:
+            block.check_encoder(encoder_outputs)
         named = {
             "key_mask": merge_masks(inputs, padding_mask),
             "encoder_padding_mask": merge_masks(encoder_outputs, encoder_padding_mask),
@@ -113,7 +115,7 @@ class ReversibleStack(keras.layers.Layer):
                 # Copied, because PyTorch assigns in place.
                 states.append(tuple(ops.copy(v) for v in changing))
                 variables.append(changing)
-        stream = ops.cast(inputs, _stream_dtype(inputs))
+        stream = ops.cast(inputs, wide_dtype(inputs))
         constants = tuple(ops.convert_to_tensor(named[name]) for name in names)
         (first, second), after = reversible(
             branches, (stream, stream), weights, states, extras, constants
@@ -123,31 +125,20 @@ class ReversibleStack(keras.layers.Layer):
                 variable.assign(value)
         return ops.cast(0.5 * (first + second), self.compute_dtype)
 
-    def _check_encoder(self, encoder_outputs: Any) -> None:
-        for block in self.blocks:
-            crosses = bool(block.causal and block.cross_attention)
-            if (encoder_outputs is not None) != crosses:
-                raise ValueError(
-                    "`encoder_outputs` go with decoder blocks of cross_attention=True, and with "
-                    f"nothing else. Received: the block {block.name!r} with cross_attention="
-                    f"{crosses}, encoder_outputs "
-                    f"{'missing' if encoder_outputs is None else 'given'}"
-                )
-
     def call_with_state(
-        self, inputs: Any, state: list[dict[str, Any]], padding_mask: Any = None
-    ) -> tuple[Any, list[dict[str, Any]]]:
+        self, inputs: Any, state: list[Any], padding_mask: Any = None, memories: Any = None
+    ) -> tuple[Any, list[Any]]:
         """Run the next tokens of a stream in inference mode; see `PerformerDecoderBlock`.
 
         **Args**
             inputs: (B, T, D).
-            state: For each block a dictionary of `self_attention`, its state, and for
-                cross-attention also `memory`.
+            state: The state of each block.
             padding_mask: (B, T).
+            memories: With cross-attention the `encoder_memory` of each block.
 
         **Returns** (B, T, D) and the state after these tokens.
         """
-        dtype = _stream_dtype(inputs)
+        dtype = wide_dtype(inputs)
         both = [ops.cast(inputs, dtype)] * 2
         turn, after = 0, []
 
@@ -155,19 +146,21 @@ class ReversibleStack(keras.layers.Layer):
             nonlocal turn
             both[turn], turn = both[turn] + ops.cast(delta, dtype), 1 - turn
 
-        for block, before in zip(self.blocks, state, strict=True):
+        memories = memories or [None] * len(self.blocks)
+        for block, before, memory in zip(self.blocks, state, memories, strict=True):
+            block.check_encoder(memory)
             delta, new = block.attend(
                 both[1 - turn],
                 key_mask=merge_masks(inputs, padding_mask),
-                initial_state=before["self_attention"],
+                initial_state=before,
                 return_state=True,
                 training=False,
             )
             add(delta)
-            if "memory" in before:
-                add(block.attend_encoder(both[1 - turn], before["memory"]))
+            if memory is not None:
+                add(block.attend_encoder(both[1 - turn], memory))
             add(block.feed_forward(both[1 - turn], training=False))
-            after.append({**before, "self_attention": new})
+            after.append(new)
         return ops.cast(0.5 * (both[0] + both[1]), self.compute_dtype), after
 
     def compute_output_shape(
@@ -231,7 +224,7 @@ def _branches(block: Any, training: bool | None) -> list[tuple[Function, list[An
             ],
         ),
     ]
-    if block.causal and block.cross_attention:
+    if block.cross_attention:
         layers = [
             block.cross_attention_norm,
             block.encoder_attention,
@@ -251,8 +244,3 @@ def _branch(function: Function, lasting: list[Any], changing: list[Any], names: 
         return ops.cast(delta, x.dtype), tuple(after)
 
     return branch
-
-
-def _stream_dtype(inputs: Any) -> str:
-    dtype = keras.backend.standardize_dtype(inputs.dtype)
-    return "float64" if dtype == "float64" else "float32"

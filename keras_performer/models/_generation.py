@@ -69,6 +69,36 @@ def generate_tokens(
     return token_ids, ops.equal(ops.cumsum(stops, axis=-1) - stops, 0)
 
 
+def generate_step(self: Any, inputs: dict[str, Any], stop_token_ids: Any = None) -> dict[str, Any]:
+    """Generate after a batch of prompts; the compiled part of a decoder's `generate`.
+
+    **Args**
+        inputs: A dict of `token_ids` and `padding_mask` (B, T): prompts, padded on the right to the
+            length T at which generation ends.
+        stop_token_ids: Tokens that end a row, or None to always go on to T.
+
+    **Returns** A dict of the same, with the tokens generated, and a mask that ends after the first
+    token that stops a row.
+    """
+    backbone = self.backbone
+
+    def read(token_ids: Any, mask: Any, state: Any) -> tuple[Any, Any, Any]:
+        chunk = {"token_ids": token_ids, "padding_mask": mask}
+        hidden, state = backbone.call_with_state(chunk, state)
+        return backbone.token_embedding(hidden, reverse=True), hidden, state
+
+    batch_size, length = ops.shape(inputs["token_ids"])
+    token_ids, padding_mask = generate_tokens(
+        self,
+        read,
+        inputs["token_ids"],
+        inputs["padding_mask"],
+        backbone.initial_state(batch_size, length),
+        stop_token_ids,
+    )
+    return {"token_ids": token_ids, "padding_mask": padding_mask}
+
+
 def compile_config(config: dict[str, Any] | None, sampler: Any) -> dict[str, Any]:
     """Return what `compile_as_saved` needs: how a task was compiled, with its sampler."""
     return {**config, "sampler": keras_hub.samplers.serialize(sampler)} if config else {}

@@ -29,6 +29,15 @@ def check_length(inputs: Any, limit: int | None) -> None:
         )
 
 
+def positions_after(start: Any, inputs: Any, limit: Any) -> Any:
+    """The positions (B, T) of inputs (B, T, ...) after `start` (B,) tokens, below a limit.
+
+    How far a stream has come is not known here; generation checks its length.
+    """
+    index = keras.ops.arange(keras.ops.shape(inputs)[1], dtype="int32")
+    return keras.ops.minimum(keras.ops.expand_dims(start, -1) + index, limit - 1)
+
+
 def set_own_policies(model: Any) -> None:
     """Give each layer its own dtype policy, out of a map that the model was built with.
 
@@ -244,11 +253,8 @@ class PerformerBackbone(keras_hub.models.Backbone):
     ) -> tuple[Any, list[Any]]:
         """Run the next tokens through the blocks of one stack, in inference mode."""
         if self.reversible:
-            parts = [{"self_attention": part} for part in state]
-            for part, memory in zip(parts, memories or (), strict=memories is not None):
-                part["memory"] = memory
-            x, after = getattr(self, f"{stack}_reversible").call_with_state(x, parts, padding_mask)
-            return x, [part["self_attention"] for part in after]
+            reversible = getattr(self, f"{stack}_reversible")
+            return reversible.call_with_state(x, state, padding_mask, memories)
         after = []
         for i, block in enumerate(getattr(self, f"{stack}_layers")):
             x, new = block(
@@ -275,11 +281,7 @@ class PerformerBackbone(keras_hub.models.Backbone):
         if positions is None:
             check_length(token_ids, self.max_sequence_length)
         if start is not None:
-            index = keras.ops.arange(keras.ops.shape(x)[1], dtype="int32")
-            positions = keras.ops.expand_dims(start, -1) + index
-            # How far a stream has come is not known here; generation checks its length.
-            length: Any = self.max_sequence_length  # which learned positions have
-            positions = keras.ops.minimum(positions, length - 1)
+            positions = positions_after(start, x, self.max_sequence_length)
         return self.embeddings_add((x, self.position_embedding_layer(x, positions=positions)))
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:

@@ -4,9 +4,8 @@ from typing import Any
 
 import keras
 import keras_hub
-from keras import ops
 
-from keras_performer.models._generation import compile_config, generate_tokens
+from keras_performer.models._generation import compile_config, generate_step
 from keras_performer.models._load_preset import load_by_name
 from keras_performer.models._performer_task import (
     check_backbone,
@@ -89,6 +88,7 @@ class PerformerCausalLM(keras_hub.models.CausalLM):
         return compile_config(super().get_compile_config(), self.sampler)
 
     compile_from_config = compile_as_saved
+    generate_step = generate_step
 
     def initial_state(self, batch_size: Any, max_length: int | None = None) -> list[dict[str, Any]]:
         """The state before the first token; see `PerformerDecoderBackbone.initial_state`."""
@@ -111,29 +111,3 @@ class PerformerCausalLM(keras_hub.models.CausalLM):
         """
         hidden, state = self.backbone.call_with_state(inputs, state)
         return self.backbone.token_embedding(hidden, reverse=True), hidden, state
-
-    def generate_step(self, inputs: dict[str, Any], stop_token_ids: Any = None) -> dict[str, Any]:
-        """Generate after a batch of prompts; the compiled part of `generate`.
-
-        **Args**
-            inputs: A dict of `token_ids` and `padding_mask` (B, T): prompts, padded on the right to
-                the length T at which generation ends.
-            stop_token_ids: Tokens that end a row, or None to always go on to T.
-
-        **Returns** A dict of the same, with the tokens generated, and a mask that ends after the
-        first token that stops a row.
-        """
-
-        def read(token_ids: Any, mask: Any, state: Any) -> tuple[Any, Any, Any]:
-            return self.call_with_state({"token_ids": token_ids, "padding_mask": mask}, state)
-
-        batch_size, length = ops.shape(inputs["token_ids"])
-        token_ids, padding_mask = generate_tokens(
-            self,
-            read,
-            inputs["token_ids"],
-            inputs["padding_mask"],
-            self.initial_state(batch_size, length),
-            stop_token_ids,
-        )
-        return {"token_ids": token_ids, "padding_mask": padding_mask}
