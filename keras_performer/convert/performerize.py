@@ -176,7 +176,7 @@ def _attentions(
     if isinstance(layer, PerformerAttention):
         yield name, layer, causal
         return
-    calls = _causal_calls(layer) if _is_functional(layer) else {}
+    calls = _causal_calls(layer) if _is_graph(layer) else {}
     for inner in layer._flatten_layers(include_self=False, recursive=False):
         if isinstance(layer, PerformerTransformerDecoder):
             # What GPT-2 and `performerize`'s graphs do unless a call says otherwise.
@@ -201,7 +201,7 @@ def _causal_calls(model: Any) -> dict[str, bool]:
     return causal
 
 
-def _is_functional(model: Any) -> bool:
+def _is_graph(model: Any) -> bool:
     """Whether a layer is a graph of layers: functional, sequential, or a subclass."""
     return any(cls.__name__ in ("Functional", "Sequential") for cls in type(model).__mro__)
 

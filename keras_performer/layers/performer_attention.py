@@ -346,7 +346,7 @@ class PerformerAttention(keras.layers.Layer):
         return_state: bool = False,
     ) -> Any:
         """Attend from query to value; see the class."""
-        del query_mask  # it concerns the output's mask alone, which compute_mask passes on
+        del query_mask  # it concerns the output's mask alone, which Keras passes on
         key = value if key is None else key
         same_tokens = query is value and query is key
         rank, axis = len(query.shape), self._axis(len(query.shape))
@@ -558,11 +558,6 @@ class PerformerAttention(keras.layers.Layer):
                 "Received: initial_state=None, return_state=True"
             )
 
-    def compute_mask(self, inputs: Any, previous_mask: Any = None) -> Any:
-        """The mask of the query."""
-        del inputs
-        return previous_mask
-
     def compute_output_shape(
         self,
         query_shape: tuple[Any, ...],
@@ -723,8 +718,8 @@ class PerformerAttention(keras.layers.Layer):
             bias_axes=produced if self.use_bias else None,
             activation=activation,
             # Initializers keep state, so each sublayer has its own.
-            kernel_initializer=_copy(self._kernel_initializer),
-            bias_initializer=_copy(self._bias_initializer),
+            kernel_initializer=self._kernel_initializer.clone(),
+            bias_initializer=self._bias_initializer.clone(),
             kernel_regularizer=self._kernel_regularizer,
             bias_regularizer=self._bias_regularizer,
             activity_regularizer=self._activity_regularizer,
@@ -982,10 +977,6 @@ def _continue(key: Any, mask: Any, state: dict[str, Any] | None) -> tuple[Any, A
     first = ops.where(seen > 0, -seen, _first(mask))
     following = ops.where(ops.any(mask, axis=1), last - first, seen)
     return _distances(length, first), ops.cast(following, "int32")
-
-
-def _copy(initializer: Any) -> Any:
-    return type(initializer).from_config(initializer.get_config())
 
 
 def _mha_projections(attention: Any) -> list[keras.layers.EinsumDense]:

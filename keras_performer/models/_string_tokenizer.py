@@ -27,8 +27,8 @@ def add_special_tokens(tokenizer: Any) -> None:
 class StringTokenizer(keras_hub.tokenizers.Tokenizer):
     """The abstract tokenizer of Python strings, without TensorFlow unless inside its graphs.
 
-    A subclass calls `_set_tokens` and defines `_ids_of`, `_text_of`, `_graph_ids_of` and
-    `_graph_text_of`.
+    A subclass calls `_set_tokens` and defines `_ids_of` and `_graph_ids_of`, and how ids become a
+    string where that is not their tokens in a row.
     """
 
     def __init__(self, **kwargs: Any):
@@ -41,6 +41,7 @@ class StringTokenizer(keras_hub.tokenizers.Tokenizer):
     def _set_tokens(self, tokens: Sequence[str]) -> None:
         self._tokens = tuple(tokens)
         self._ids = {token: i for i, token in enumerate(self._tokens)}
+        self._id_to_text = ["" if token in SILENT_TOKENS else token for token in self._tokens]
         self._update_special_token_ids()
 
     def _ids_of(self, text: str) -> list[int]:
@@ -49,7 +50,7 @@ class StringTokenizer(keras_hub.tokenizers.Tokenizer):
 
     def _text_of(self, ids: list[int]) -> str:
         """The string of ids that are in the vocabulary."""
-        raise NotImplementedError
+        return "".join(self._id_to_text[i] for i in ids)
 
     def _graph_ids_of(self, inputs: Any) -> Any:
         """The ids of a TensorFlow tensor of strings, ragged in the last axis."""
@@ -57,7 +58,9 @@ class StringTokenizer(keras_hub.tokenizers.Tokenizer):
 
     def _graph_text_of(self, inputs: Any) -> Any:
         """The strings of a TensorFlow tensor of ids, dense or ragged."""
-        raise NotImplementedError
+        import tensorflow as tf
+
+        return tf.strings.reduce_join(tf.gather(tf.constant(self._id_to_text), inputs), axis=-1)
 
     def vocabulary_size(self) -> int:
         """Return the number of token ids."""

@@ -9,7 +9,6 @@ import numpy as np
 from keras_performer.layers._arguments import positive_int
 from keras_performer.models._load_preset import load_by_name
 from keras_performer.models._string_tokenizer import (
-    SILENT_TOKENS,
     SPECIAL_TOKENS,
     StringTokenizer,
 )
@@ -80,7 +79,6 @@ class DNATokenizer(StringTokenizer):
         for digit, letter in enumerate(NUCLEOTIDES):
             self._digits[[ord(letter), ord(letter.lower())]] = digit
         self._powers = 4 ** np.arange(self.k - 1, -1, -1, dtype="int32")
-        self._id_to_text = ["" if token in SILENT_TOKENS else token for token in self._tokens]
 
     def _ids_of(self, text: str) -> list[int]:
         codes = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), "<u4")
@@ -99,7 +97,7 @@ class DNATokenizer(StringTokenizer):
 
     def _text_of(self, ids: list[int]) -> str:
         self._check_detokenize()
-        return "".join(self._id_to_text[i] for i in ids)
+        return super()._text_of(ids)
 
     def _check_detokenize(self) -> None:
         if self.stride < self.k:
@@ -140,10 +138,8 @@ class DNATokenizer(StringTokenizer):
         return tf.concat([ids, singles], 0)
 
     def _graph_text_of(self, inputs: Any) -> Any:
-        import tensorflow as tf
-
         self._check_detokenize()
-        return tf.strings.reduce_join(tf.gather(tf.constant(self._id_to_text), inputs), axis=-1)
+        return super()._graph_text_of(inputs)
 
     def load_assets(self, dir_path: str) -> None:
         """Check the `vocabulary.txt` of a folder."""

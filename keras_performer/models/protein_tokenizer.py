@@ -10,7 +10,6 @@ import numpy as np
 
 from keras_performer.models._load_preset import load_by_name
 from keras_performer.models._string_tokenizer import (
-    SILENT_TOKENS,
     SPECIAL_TOKENS,
     VOCABULARY_FILE,
     StringTokenizer,
@@ -96,25 +95,16 @@ class ProteinTokenizer(StringTokenizer):
             [self._ids.get(chr(code).upper(), unknown) for code in range(_NUM_CODES)] + [unknown],
             "int32",
         )
-        self._id_to_text = tuple("" if token in SILENT_TOKENS else token for token in tokens)
 
     def _ids_of(self, text: str) -> list[int]:
         codes = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), "<u4")
         return self._code_to_id[np.minimum(codes, _NUM_CODES)].tolist()
-
-    def _text_of(self, ids: list[int]) -> str:
-        return "".join(self._id_to_text[i] for i in ids)
 
     def _graph_ids_of(self, inputs: Any) -> Any:
         import tensorflow as tf
 
         codes = tf.strings.unicode_decode(inputs, "UTF-8")
         return tf.gather(tf.constant(self._code_to_id), tf.minimum(codes, _NUM_CODES))
-
-    def _graph_text_of(self, inputs: Any) -> Any:
-        import tensorflow as tf
-
-        return tf.strings.reduce_join(tf.gather(tf.constant(self._id_to_text), inputs), axis=-1)
 
     def load_assets(self, dir_path: str) -> None:
         """Read `vocabulary.txt` from a folder."""

@@ -1,4 +1,4 @@
-"""A scan whose backward pass recomputes each step: the only place that knows a backend.
+"""A scan whose backward pass recomputes each step, on each backend by its own means.
 
 `scan(body, carry, xs, weights)` walks over the leading axis of `xs`. Its gradient keeps the
 carries at the step boundaries and nothing else: each step is run again, and differentiated by the
