@@ -25,6 +25,15 @@ def compiled_functions_end_with_their_module():
 
 
 @pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The folder that downloads are kept in, an empty one."""
+    from training.data.registry import cache_folder
+
+    monkeypatch.setenv("KERAS_PERFORMER_CACHE", str(tmp_path / "cache"))
+    return cache_folder()
+
+
+@pytest.fixture
 def short_steps(monkeypatch):
     """Let short sequences have several steps, of several chunks each."""
     from keras_performer.ops import _chunked, _sums

@@ -14,13 +14,6 @@ from training.data.examples import (
     split_by_key,
     split_of,
 )
-from training.data.registry import cache_folder
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("KERAS_PERFORMER_CACHE", str(tmp_path / "cache"))
-    return cache_folder()
 
 
 def test_splits_are_fixed_and_have_their_shares():

@@ -13,7 +13,6 @@ from training.data import enzyme_class, localisation, peptides, secondary_struct
 from training.data.clusters import cluster_proteins, read_clusters
 from training.data.examples import SPLITS, Example, split_of
 from training.data.fasta import Protein
-from training.data.registry import cache_folder
 from training.data.structure_database import read_structure_database
 
 needs_posix = pytest.mark.skipif(os.name != "posix", reason="the stand-in is a shell script")
@@ -23,12 +22,6 @@ CHAINS = [
     Example("2XYZ_B", "ACDEFGHIK", "CEEEEBSGI"),
     Example("0DUP_C", "MKTAY", "CHHHC"),
 ]
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("KERAS_PERFORMER_CACHE", str(tmp_path / "cache"))
-    return cache_folder()
 
 
 def write_localisation(path, sequences, places):

@@ -7,7 +7,6 @@ import pytest
 from training.data import protein_packages, protein_sources
 from training.data.blast_database import read_blast_database
 from training.data.fasta import Protein
-from training.data.registry import cache_folder
 
 ALPHABET = "-ABCDEFGHIKLMNPQRSTVWXYZU*OJ"
 PROTEINS = [
@@ -48,12 +47,6 @@ def stand_in(folder, name, script):
     path = folder / name
     path.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
     path.chmod(0o755)
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("KERAS_PERFORMER_CACHE", str(tmp_path / "cache"))
-    return cache_folder()
 
 
 def test_a_blast_database_comes_back():

