@@ -6,6 +6,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+from tolerances import to_numpy
 
 import keras_performer
 from keras_performer.feature_maps import FavorPlus
@@ -47,10 +48,6 @@ def make_block(**options):
 
 def inputs(batch=2, length=7, width=11, seed=0):
     return np.random.default_rng(seed).normal(size=(batch, length, width)).astype("float32")
-
-
-def to_numpy(x):
-    return keras.ops.convert_to_numpy(keras.ops.cast(x, "float32"))
 
 
 @pytest.mark.parametrize("gated", [False, True])

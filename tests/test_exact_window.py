@@ -20,8 +20,8 @@ from test_favor_attention import (
     make_qkv,
     make_segments,
 )
-from test_favor_attention import assert_states_close as assert_sums_close
 from tolerances import assert_close, assert_gradients_close, relative_rms, to_numpy
+from tolerances import assert_states_close as assert_sums_close
 
 from keras_performer.feature_maps import ELU, FavorPlus, ReLU
 from keras_performer.ops import (

@@ -12,6 +12,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+from tolerances import to_numpy
 
 import keras_performer
 from keras_performer.export import _custom_modules, _load, _write_example, main
@@ -97,10 +98,6 @@ def inputs(batch, length, places=None):
 
 # The second length takes several chunks of the attention.
 SIZES = [(2, 11, 3), (3, 700, 5)]
-
-
-def to_numpy(x):
-    return keras.ops.convert_to_numpy(x)
 
 
 def open_artefact(path, format):

@@ -8,7 +8,13 @@ import oracles
 import pytest
 from gradients import attend, attention_gradients, gradients, implementations
 from keras import ops
-from tolerances import assert_close, assert_gradients_close, relative_rms, to_numpy
+from tolerances import (
+    assert_close,
+    assert_gradients_close,
+    assert_states_close,
+    relative_rms,
+    to_numpy,
+)
 
 from keras_performer.feature_maps import ELU, FavorPlus, GeneralizedKernel, ReLU
 from keras_performer.ops import (
@@ -95,17 +101,6 @@ def oracle(query, key, value, fm, **options):
     return oracles.kernel_attention_loop(
         log_features(query, fm), log_features(key, fm), value.astype("float64"), **options
     )
-
-
-def as_sums(state):
-    """What a state stands for, whatever scale it is kept at."""
-    scale = np.exp(to_numpy(state["log_max"]).astype("float64"))
-    return scale[..., None] * to_numpy(state["kv"]), scale * to_numpy(state["k_sum"])
-
-
-def assert_states_close(actual, expected):
-    for a, e in zip(as_sums(actual), as_sums(expected), strict=True):
-        np.testing.assert_allclose(a, e, rtol=2e-5, atol=1e-5 * np.abs(e).max())
 
 
 # The definition against an independent float64 loop.

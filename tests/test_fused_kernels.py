@@ -15,7 +15,13 @@ import pytest
 from gradients import attend, attention_gradients, gradients
 from keras import ops
 from marks import slow_on_jax
-from tolerances import assert_close, assert_gradients_close, relative_rms, to_numpy
+from tolerances import (
+    assert_close,
+    assert_gradients_close,
+    assert_states_close,
+    relative_rms,
+    to_numpy,
+)
 
 from keras_performer.feature_maps import FavorPlus, FavorPlusPlus, ReLU
 from keras_performer.ops import _fused, favor_attention
@@ -73,17 +79,6 @@ def oracle(query, key, value, fm, **options):
     projection = to_numpy(fm.projection)
     logs = (oracles.favor_log_features(x, projection) for x in (query, key))
     return oracles.kernel_attention_loop(*logs, value.astype("float64"), **options)
-
-
-def as_sums(state):
-    """What a state stands for, whatever scale it is kept at."""
-    scale = np.exp(to_numpy(state["log_max"]).astype("float64"))
-    return scale[..., None] * to_numpy(state["kv"]), scale * to_numpy(state["k_sum"])
-
-
-def assert_states_close(actual, expected):
-    for a, e in zip(as_sums(actual), as_sums(expected), strict=True):
-        np.testing.assert_allclose(a, e, rtol=2e-5, atol=1e-5 * np.abs(e).max())
 
 
 # Against the reference.

@@ -5,6 +5,7 @@ import keras
 import keras_hub
 import numpy as np
 import pytest
+from tolerances import to_numpy
 
 from keras_performer.feature_maps import FavorPlus
 from keras_performer.models import (
@@ -75,10 +76,6 @@ def token_inputs(lengths=(5, 11), total=11):
 
 def masked_inputs():
     return {**token_inputs(), "mask_positions": np.array([[1, 4, 0], [2, 10, 7]], "int32")}
-
-
-def to_numpy(x):
-    return keras.ops.convert_to_numpy(keras.ops.cast(x, "float32"))
 
 
 def test_backbone_shapes_and_parts():

@@ -15,6 +15,7 @@ import keras_hub
 import numpy as np
 import pytest
 from marks import slow_where_compiled
+from tolerances import to_numpy
 
 import keras_performer
 from keras_performer.convert import (
@@ -57,10 +58,6 @@ def masked_inputs():
         "padding_mask": np.array([[1] * 11, [1] * 7 + [0] * 4], "int32"),
         "mask_positions": np.array([[1, 4, 0], [2, 5, 6]], "int32"),
     }
-
-
-def to_numpy(x):
-    return keras.ops.convert_to_numpy(x)
 
 
 def describe(folder):

@@ -16,6 +16,8 @@ FORWARD = {
     "layer": {"rtol": 1e-5, "atol": 1e-5},
 }
 GRADIENTS = {"float32": {"rtol": 1e-4, "atol": 1e-5}}
+# Sums of exponentials, which have no scale of their own: `atol` is of the largest of them.
+STATES = {"rtol": 2e-5, "atol": 1e-5}
 RELATIVE_RMS = {"float16": 5e-3, "bfloat16": 1e-2}
 # Between two float32 computations of one whole tensor, entries that cancel to nearly zero included.
 AGREEMENT = 1e-6
@@ -66,6 +68,19 @@ def assert_gradients_close(actual: Any, expected: Any, dtype: str = "float32") -
         actual, expected = to_numpy(actual), to_numpy(expected)
         assert actual.shape == expected.shape, f"{actual.shape} != {expected.shape}"
         np.testing.assert_allclose(actual, expected, **GRADIENTS[dtype])
+
+
+def as_sums(state: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """What a state of attention stands for, whatever scale it is kept at."""
+    scale = np.exp(to_numpy(state["log_max"]).astype("float64"))
+    return scale[..., None] * to_numpy(state["kv"]), scale * to_numpy(state["k_sum"])
+
+
+def assert_states_close(actual: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Compare what two states stand for, relative to the largest of its entries."""
+    for a, e in zip(as_sums(actual), as_sums(expected), strict=True):
+        atol = STATES["atol"] * np.abs(e).max()
+        np.testing.assert_allclose(a, e, rtol=STATES["rtol"], atol=atol)
 
 
 def assert_exact(actual: Any, expected: Any) -> None:
