@@ -12,6 +12,7 @@ import numpy as np
 import oracles
 import pytest
 from marks import slow_on_jax
+from samples import normal, squared
 from tolerances import assert_close, assert_exact, to_numpy
 
 from keras_performer.callbacks import AttentionHealth, RedrawFeatures
@@ -42,10 +43,6 @@ HEALTH = {"rtol": 1e-4, "atol": 1e-6}
 @pytest.fixture(autouse=True)
 def fixed_seed():
     keras.utils.set_random_seed(8)
-
-
-def normal(*shape, seed=0, scale=1.0):
-    return (scale * np.random.default_rng(seed).standard_normal(shape)).astype("float32")
 
 
 def queries_and_keys(key_length=LENGTH, scale=0.7):
@@ -898,11 +895,6 @@ def test_models_that_fit_builds_are_drawn_and_measured():
         other.compile("sgd", "mse")
         with pytest.raises(ValueError, match=message):
             other.fit(x, x, batch_size=2, verbose=0, callbacks=[callback])
-
-
-@keras.saving.register_keras_serializable(package="tests")
-def squared(x):
-    return x * x
 
 
 def test_a_kernel_of_ones_own_can_be_built_within_a_training_step():

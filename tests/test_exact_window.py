@@ -8,6 +8,7 @@ import pytest
 from gradients import attend, attention_gradients, gradients, implementations
 from keras import ops
 from marks import slow_on_jax
+from samples import make_segments
 from test_favor_attention import (
     BATCH,
     FEATURES,
@@ -18,7 +19,6 @@ from test_favor_attention import (
     feature_map,
     make_direction,
     make_qkv,
-    make_segments,
 )
 from tolerances import assert_close, assert_gradients_close, relative_rms, to_numpy
 from tolerances import assert_states_close as assert_sums_close

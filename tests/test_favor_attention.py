@@ -8,6 +8,7 @@ import oracles
 import pytest
 from gradients import attend, attention_gradients, gradients, implementations
 from keras import ops
+from samples import make_segments
 from tolerances import (
     assert_close,
     assert_gradients_close,
@@ -62,14 +63,6 @@ def make_mask(length, seed=2):
     mask = np.random.default_rng(seed).random((BATCH, length)) > 0.3
     mask[:, 0] = True
     return mask
-
-
-def make_segments(length):
-    ids = np.zeros((BATCH, length), "int32")
-    ids[0, length // 3 :] = 4
-    ids[0, length // 2 :] = 0  # an id that comes back starts a segment of its own
-    ids[1, length - length // 5 :] = 7
-    return ids
 
 
 def make_options(length, masked, segmented):

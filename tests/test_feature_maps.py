@@ -5,6 +5,7 @@ import numpy as np
 import oracles
 import pytest
 from keras import ops
+from samples import normal, squared
 from tolerances import assert_close, assert_exact, to_numpy
 
 from keras_performer import feature_maps
@@ -20,11 +21,6 @@ from keras_performer.feature_maps import (
 STANDARD_ERRORS = 5
 
 
-@keras.saving.register_keras_serializable(package="keras_performer_tests")
-def squared(x):
-    return x * x
-
-
 MAPS = {
     "favor_plus": lambda: FavorPlus(22, seed=3),
     "iid": lambda: FavorPlus(19, projection="iid", seed=3),
@@ -37,10 +33,6 @@ MAPS = {
     "squared": lambda: GeneralizedKernel(squared, 19, projection="iid", scale_inputs=True, seed=3),
     "softplus": lambda: GeneralizedKernel("softplus", kernel_epsilon=0.0),
 }
-
-
-def normal(*shape, seed=0, scale=1.0):
-    return scale * np.random.default_rng(seed).standard_normal(shape).astype("float32")
 
 
 def built(feature_map, head_dim):

@@ -10,6 +10,7 @@ import pytest
 from gradients import attend, gradients
 from keras import ops
 from marks import slow_on_jax
+from samples import normal, squared
 from tolerances import assert_close, assert_exact, assert_gradients_close, to_numpy
 
 from keras_performer import feature_maps
@@ -35,11 +36,6 @@ BATCH, LENGTH, HEADS, KEY_HEADS, HEAD_DIM, FEATURES = 2, 11, 6, 3, 7, 19
 STATISTICS = ("query_mean", "query_square", "key_mean", "key_square")
 
 
-@keras.saving.register_keras_serializable(package="keras_performer_tests")
-def squared(x):
-    return x * x
-
-
 MAPS = {
     "favor_plus_plus": lambda: FavorPlusPlus(FEATURES, projection="simplex", momentum=0.5, seed=3),
     "balanced": lambda: FavorPlusPlus(FEATURES, projection="iid", balanced=True, seed=3),
@@ -56,10 +52,6 @@ MAPS = {
     ),
 }
 LEARNING = [name for name in MAPS if name.startswith("trained") or name == "hedgehog"]
-
-
-def normal(*shape, seed=0, scale=1.0):
-    return scale * np.random.default_rng(seed).standard_normal(shape).astype("float32")
 
 
 def built(feature_map, head_dim=HEAD_DIM, key_heads=KEY_HEADS):

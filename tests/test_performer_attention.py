@@ -10,6 +10,7 @@ import oracles
 import pytest
 from gradients import compiled
 from keras import ops
+from samples import normal
 from tolerances import assert_close, assert_exact, relative_rms, to_numpy
 
 from keras_performer.feature_maps import ELU, FavorPlus, GeneralizedKernel
@@ -26,10 +27,6 @@ FEATURES = 23
 
 def assert_layer_close(actual, expected):
     assert_close(actual, expected, "layer")
-
-
-def normal(*shape, seed=0, scale=1.0):
-    return (scale * np.random.default_rng(seed).standard_normal(shape)).astype("float32")
 
 
 def make_inputs(length=LENGTH, seed=0):

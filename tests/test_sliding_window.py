@@ -5,6 +5,7 @@ import oracles
 import pytest
 from gradients import compiled, gradients
 from keras import ops
+from samples import make_segments
 from tolerances import assert_close, assert_gradients_close, to_numpy
 
 from keras_performer.ops import sliding_window_attention, softmax_weights
@@ -23,14 +24,6 @@ def make_qkv(length, key_length=None, seed=0, scale=1.5):
 
 def make_mask(*shape):
     return np.random.default_rng(1).random(shape) > 0.3
-
-
-def make_segments(length):
-    ids = np.zeros((BATCH, length), "int32")
-    ids[0, length // 3 :] = 4
-    ids[0, length // 2 :] = 0  # an id that comes back starts a segment of its own
-    ids[1, length - length // 5 :] = 7
-    return ids
 
 
 def visible_pairs(length, key_length, window, *, causal=False, key_mask=None, segment_ids=None):

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 from gradients import call
+from samples import make_segments
 from test_sliding_window import (
     BATCH,
     HEAD_DIM,
@@ -14,7 +15,6 @@ from test_sliding_window import (
     dense_weights,
     make_mask,
     make_qkv,
-    make_segments,
     visible_pairs,
 )
 from tolerances import assert_close, to_numpy
