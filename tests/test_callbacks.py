@@ -2,9 +2,6 @@
 
 import importlib.util
 import math
-import os
-import subprocess
-import sys
 import warnings
 
 import keras
@@ -12,6 +9,7 @@ import numpy as np
 import oracles
 import pytest
 from marks import slow_on_jax
+from processes import run_code
 from samples import normal, squared
 from tolerances import assert_close, assert_exact, to_numpy
 
@@ -856,8 +854,7 @@ def test_writing_scalars_leaves_tensorflow_out(tmp_path):
         "writer.close()\n"
         "sys.exit('tensorflow' in sys.modules)"
     )
-    result = subprocess.run([sys.executable, "-c", script], env={**os.environ}, check=False)
-    assert result.returncode == 0
+    run_code(script)
     assert read_scalars(tmp_path) == {("a", 2): 1.0}
 
 

@@ -1,19 +1,15 @@
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
+from processes import run_code
 from tolerances import to_numpy
 
-import keras_performer
 from keras_performer.feature_maps import FavorPlus
 from keras_performer.layers import PerformerEncoderBlock
 
 BACKEND = keras.config.backend()
-ROOT = Path(keras_performer.__file__).parents[1]
 NON_DEFAULT = {
     "num_heads": 4,
     "intermediate_dim": 13,
@@ -266,11 +262,7 @@ def test_needs_neither_keras_hub_nor_another_framework():
         "PerformerEncoderBlock(2, 8)(np.ones((1, 3, 8), 'float32'))\n"
         "print(sorted({'keras_hub', 'tensorflow', 'jax', 'torch'} & set(sys.modules)))\n"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT
-    )
-    assert result.returncode == 0, result.stderr
-    loaded = result.stdout.strip().splitlines()[-1]
+    loaded = run_code(code).strip().splitlines()[-1]
     assert "keras_hub" not in loaded
     if BACKEND != "tensorflow":
         assert "tensorflow" not in loaded

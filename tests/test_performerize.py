@@ -1,16 +1,13 @@
 """Converted models against the softmax models that they were made of."""
 
 import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import keras
 import keras_hub
 import numpy as np
 import pytest
 from marks import slow_on_jax
+from processes import run_code
 from tolerances import assert_close, assert_exact
 
 from keras_performer.convert import (
@@ -23,7 +20,6 @@ from keras_performer.feature_maps import FavorPlus
 from keras_performer.layers import PerformerAttention
 
 BACKEND = keras.config.backend()
-ROOT = Path(__file__).resolve().parents[1]
 HUB = keras_hub.models
 # Longer than every input: attention is softmax attention then, if all else is right.
 EXACT = {"exact_window": 16, "num_features": 8, "seed": 1}
@@ -456,15 +452,7 @@ def test_files_load_in_a_new_process_of_another_backend(folder, tmp_path):
     np.savez(tmp_path / "inputs.npz", **inputs)
     converted.save_to_preset(str(tmp_path / "preset"))
     functional.save(tmp_path / "functional.keras")
-    result = subprocess.run(
-        [sys.executable, "-c", LOAD, str(tmp_path)],
-        env={**os.environ, "KERAS_BACKEND": backend},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr
+    run_code(LOAD, str(tmp_path), backend=backend)
     outputs = np.load(tmp_path / "outputs.npz")
     assert_close(outputs["preset"], outputs_of(converted, inputs_of(converted)[0]), "layer")
     assert_close(outputs["functional"], outputs_of(functional, inputs["x"]), "layer")

@@ -15,6 +15,7 @@ import keras_hub
 import numpy as np
 import pytest
 from marks import slow_where_compiled
+from processes import run_code
 from tolerances import to_numpy
 
 import keras_performer
@@ -455,10 +456,7 @@ def test_importing_the_package_imports_no_framework():
         "heavy = {'keras', 'keras_hub', 'tensorflow', 'jax', 'torch', 'numpy'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT
-    )
-    assert result.returncode == 0, result.stderr
+    run_code(code)
 
 
 def test_unknown_names_of_the_package_are_attribute_errors():

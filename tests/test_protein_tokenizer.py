@@ -1,20 +1,15 @@
-import subprocess
-import sys
-from pathlib import Path
-
 import keras
 import keras_hub
 import numpy as np
 import pytest
+from processes import run_code
 
-import keras_performer
 from keras_performer.models import (
     PerformerEncoderBackbone,
     PerformerMaskedLMPreprocessor,
     ProteinTokenizer,
 )
 
-ROOT = Path(keras_performer.__file__).parents[1]
 VOCABULARY = ["<pad>", "<cls>", "<eos>", "<mask>", "<unk>", *"ACDEFGHIKLMNPQRSTVWYXBUZO"]
 TEXTS = ["MKT", "", "acdXZ", "M*é\U0001f600-J", "W" * 50]
 
@@ -103,11 +98,7 @@ def test_python_workflow_needs_no_tensorflow():
         "print(back, tuple(y.shape), pairs.generate_preprocess('MK')['encoder_token_ids'].shape)\n"
         "print(tokenizer.detokenize(tokenizer(['MKT'])), tuple(x['token_ids'].shape))\n"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT
-    )
-    assert result.returncode == 0, result.stderr
-    pairs, tokens = result.stdout.strip().splitlines()[-2:]
+    pairs, tokens = run_code(code).strip().splitlines()[-2:]
     assert pairs.startswith("['ACD', ''] (2, 7) ")
     assert tokens == "['MKT'] (2, 8)"
 

@@ -4,8 +4,6 @@ import ast
 import doctest
 import importlib
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import keras
 import numpy as np
 import pytest
 import run
+from processes import run_code
 
 import keras_performer
 import keras_performer.callbacks
@@ -103,15 +102,7 @@ def test_layers_import_keras_and_numpy_only():
         "import json, sys, keras; before = set(sys.modules); import keras_performer.layers; "
         "print(json.dumps(sorted({m.split('.')[0] for m in set(sys.modules) - before})))"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=ROOT,
-        env={**os.environ, "KERAS_BACKEND": keras.config.backend()},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    imported = set(json.loads(result.stdout.splitlines()[-1]))
+    imported = set(json.loads(run_code(script).splitlines()[-1]))
     assert "keras_performer" in imported
     assert not imported & (FRAMEWORKS | {"keras_hub", "h5py"})
 
@@ -124,9 +115,7 @@ def test_a_backend_that_a_signal_killed_fails_the_run(monkeypatch):
 
 @pytest.mark.skipif(keras.config.backend() == "tensorflow", reason="TensorFlow is the backend")
 def test_layers_leave_tensorflow_out():
-    script = "import sys, keras_performer.layers; sys.exit('tensorflow' in sys.modules)"
-    env = {**os.environ, "KERAS_BACKEND": keras.config.backend()}
-    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env).returncode == 0
+    run_code("import sys, keras_performer.layers; sys.exit('tensorflow' in sys.modules)")
 
 
 @pytest.mark.parametrize(
