@@ -143,8 +143,9 @@ def public_objects():
         module = importlib.import_module(f"keras_performer.{home}")
         for name in module.__all__:
             yield pytest.param(getattr(module, name), id=f"{home}.{name}")
-    for name in ("export", "preset_path", "presets"):
-        yield pytest.param(getattr(keras_performer, name), id=name)
+    for name in keras_performer.__all__:
+        if name != "__version__":
+            yield pytest.param(getattr(keras_performer, name), id=name)
 
 
 @pytest.mark.parametrize("item", list(public_objects()))
