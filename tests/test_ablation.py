@@ -1,15 +1,13 @@
 """The comparison of small encoders keeps its figures, and knows what they are of."""
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import keras
 import pytest
+from recipes import CONFIGS
 
 from zoo.build import ablation
-
-CONFIGS = Path(__file__).parent.parent / "training" / "configs"
 
 
 @pytest.fixture

@@ -1,10 +1,10 @@
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 from killing import assert_same_curves, killed_and_whole, needs_kill
+from recipes import CONFIGS, TINY, flags, overrides
 from tolerances import assert_close
 
 from keras_performer.models import (
@@ -20,13 +20,12 @@ from training.data.byte_pairs import learn_byte_pairs
 from training.data.examples import SPLITS, Example
 from training.data.packed_windows import PackedWindows
 
-CONFIG = Path(__file__).parent.parent / "training" / "configs" / "text_causal_lm.toml"
+CONFIG = CONFIGS / "text_causal_lm.toml"
 SMALL = {
+    **TINY,
     "data.sequence_length": 48,
     "data.heldout_share": 0.3,
     "data.vocabulary_size": 0,
-    "model.num_layers": 1,
-    "model.num_heads": 2,
     "model.hidden_dim": 32,
     "model.intermediate_dim": 32,
     "model.num_features": 16,
@@ -35,12 +34,10 @@ SMALL = {
     "training.steps_per_epoch": 20,
     "training.batch_size": 8,
     "training.accumulate": 1,
-    "training.learning_rate": 1e-2,
     "training.warmup_steps": 5,
     "training.precision": "float32",
     "training.validation_windows": 8,
 }
-OVERRIDES = [f"{key}={value}" for key, value in SMALL.items()]
 
 
 def sequences(seed, count=9):
@@ -117,9 +114,8 @@ def write_text(path):
 
 def test_the_job_learns_writes_and_generates(tmp_path):
     text = write_text(tmp_path / "t.txt")
-    options = [f"--set={override}" for override in OVERRIDES]
     output = tmp_path / "run"
-    metrics = main([f"--config={CONFIG}", f"--file={text}", f"--output={output}", *options])
+    metrics = main([f"--config={CONFIG}", f"--file={text}", f"--output={output}", *flags(SMALL)])
     assert json.loads((output / "metrics.json").read_text(encoding="utf-8")) == metrics
     model, unigram = metrics["test"]["model"], metrics["test"]["unigram"]
     assert model["bits_per_byte"] < 0.7 * unigram["bits_per_byte"]
@@ -139,16 +135,14 @@ def test_the_job_learns_writes_and_generates(tmp_path):
 @pytest.mark.slow_on_tensorflow
 def test_a_process_that_is_killed_in_an_epoch_goes_on(tmp_path):
     changes = {
-        **SMALL,
         "model.dropout": 0.2,
         "training.steps": 12,
         "training.steps_per_epoch": 4,
         "training.accumulate": 2,
         "training.redraw_features_every": 3,
     }
-    options = [f"--set={key}={value}" for key, value in changes.items()]
     text = write_text(tmp_path / "t.txt")
-    options = [f"--config={CONFIG}", f"--file={text}", *options]
+    options = [f"--config={CONFIG}", f"--file={text}", *flags(SMALL | changes)]
     killed, whole = killed_and_whole("causal_lm", options, tmp_path)
     assert_same_curves(killed, whole)
     figures = (metrics["test"]["model"]["cross_entropy"] for metrics in (killed, whole))
@@ -171,9 +165,14 @@ def save_byte_model(folder):
 def test_a_preset_gives_its_decoder_and_its_tokens(tmp_path):
     body = save_byte_model(tmp_path / "lm")
     text = write_text(tmp_path / "t.txt")
-    changes = [*OVERRIDES, "training.learning_rate=1e-9", "training.weight_decay=0.0"]
-    changes += ["training.steps=20", "data.vocabulary_size=300", "model.dropout=0.25"]
-    options = [f"--set={change}" for change in changes]
+    changes = {
+        "data.vocabulary_size": 300,
+        "model.dropout": 0.25,
+        "training.steps": 20,
+        "training.learning_rate": 1e-9,
+        "training.weight_decay": 0.0,
+    }
+    options = flags(SMALL | changes)
     preset, output = f"--preset={tmp_path / 'lm'}", tmp_path / "run"
     metrics = main([f"--config={CONFIG}", f"--file={text}", f"--output={output}", preset, *options])
     assert metrics["preset"] == str(tmp_path / "lm")
@@ -190,10 +189,14 @@ def test_a_preset_gives_its_decoder_and_its_tokens(tmp_path):
 @pytest.mark.slow_on_tensorflow
 def test_byte_pairs_are_learned_from_the_training_documents_in_mixed_precision(tmp_path):
     text = write_text(tmp_path / "t.txt")
-    options = [f"--set={override}" for override in [*OVERRIDES, "data.vocabulary_size=280"]]
-    few = ["--set=training.steps=20", "--set=training.learning_rate=3e-2"]
-    few.append("--set=training.precision=mixed_bfloat16")
-    metrics = main([f"--config={CONFIG}", f"--file={text}", f"--output={tmp_path}", *options, *few])
+    changes = {
+        "data.vocabulary_size": 280,
+        "training.steps": 20,
+        "training.learning_rate": 3e-2,
+        "training.precision": "mixed_bfloat16",
+    }
+    options = flags(SMALL | changes)
+    metrics = main([f"--config={CONFIG}", f"--file={text}", f"--output={tmp_path}", *options])
     model, unigram = metrics["test"]["model"], metrics["test"]["unigram"]
     num_bytes = model["cross_entropy"] * metrics["test"]["tokens"] / np.log(2)
     num_bytes /= model["bits_per_byte"]
@@ -227,7 +230,7 @@ class FixedModel:
 def test_each_set_of_texts_is_read_as_text(source, monkeypatch):
     splits = {name: [Example(name, f"{source} {name}" * 99)] for name in SPLITS}
     monkeypatch.setitem(causal_lm.TEXTS, source, lambda: splits)
-    config = load_config(Config, CONFIG, [*OVERRIDES, f"data.source={source}"])
+    config = load_config(Config, CONFIG, overrides(SMALL | {"data.source": source}))
     corpus = causal_lm.read_corpus(config, None, None)
     assert (corpus.kind, corpus.source) == ("text", source)
     assert corpus.test == [f"{source} test" * 99]
@@ -237,8 +240,9 @@ def test_a_tfds_set_is_read_without_labels(monkeypatch):
     splits = {name: [Example(name, f"tfds {name}" * 99)] for name in SPLITS}
     read = []
     monkeypatch.setattr(causal_lm, "load_tfds", lambda *a, **k: read.append((a, k)) or splits)
-    options = [*OVERRIDES, "data.source=tfds:wiki40b/en", "data.text_field=body"]
-    corpus = causal_lm.read_corpus(load_config(Config, CONFIG, options), None, None)
+    changes = {"data.source": "tfds:wiki40b/en", "data.text_field": "body"}
+    config = load_config(Config, CONFIG, overrides(SMALL | changes))
+    corpus = causal_lm.read_corpus(config, None, None)
     assert read == [(("wiki40b/en", "body"), {"label_field": None})]
     assert (corpus.kind, corpus.source) == ("text", "tfds:wiki40b/en")
     assert corpus.train == ["tfds train" * 99]
@@ -247,14 +251,14 @@ def test_a_tfds_set_is_read_without_labels(monkeypatch):
 def test_the_field_of_a_file_can_be_named(tmp_path):
     rows = (json.dumps({"body": f"{i} " * 99}) + "\n" for i in range(90))
     (tmp_path / "t.jsonl").write_text("".join(rows), encoding="utf-8")
-    config = load_config(Config, CONFIG, [*OVERRIDES, "data.text_field=body"])
+    config = load_config(Config, CONFIG, overrides(SMALL | {"data.text_field": "body"}))
     corpus = causal_lm.read_corpus(config, tmp_path / "t.jsonl", None)
     assert len(corpus.train) + len(corpus.validation) + len(corpus.test) == 90
 
 
 def test_shipped_configs_can_be_read_and_say_how_to_run_them():
     known = {}
-    for path in sorted(CONFIG.parent.glob("*.toml")):
+    for path in sorted(CONFIGS.glob("*.toml")):
         text = path.read_text(encoding="utf-8")
         if f"-m training.causal_lm --config training/configs/{path.name}" in text:
             known[path.stem] = load_config(Config, path)
@@ -271,7 +275,7 @@ def test_shipped_configs_can_be_read_and_say_how_to_run_them():
 def test_figures_agree_with_a_calculation_by_hand():
     parts = [np.array([0, 3, 3, 1]), np.array([0, 4, 1])]
     windows = PackedWindows(parts, 3, pad_token_id=2)
-    config = load_config(Config, CONFIG, OVERRIDES)
+    config = load_config(Config, CONFIG, overrides(SMALL))
     logits = np.log([1e-30, 0.5, 1e-30, 0.25, 0.25]).astype("float32") + 3
     baseline = np.log([0.1, 0.2, 0.1, 0.4, 0.2])
     corpus = Corpus("text", "", [], [], ["aa", "b"])

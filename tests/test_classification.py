@@ -1,11 +1,11 @@
 import json
 import re
-from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 from killing import assert_same_curves, killed_and_whole, needs_kill
+from recipes import CONFIGS, TINY, flags, overrides
 
 from keras_performer.models import (
     ByteTokenizer,
@@ -22,35 +22,21 @@ from training.data import digits
 from training.data.list_ops import VOCABULARY, decode, encode, generate_list_ops
 
 BACKEND = keras.config.backend()
-CONFIGS = Path(__file__).parent.parent / "training" / "configs"
 PROTEINS = CONFIGS / "localisation.toml"
 SMALL = {
+    **TINY,
     "data.sequence_length": 32,
     "data.length_multiple": 0,
     "data.bucket_batches": 1,
     "data.text_field": "sequence",
     "data.label_field": "place",
-    "model.num_layers": 1,
-    "model.num_heads": 2,
-    "model.hidden_dim": 16,
-    "model.intermediate_dim": 16,
-    "model.num_features": 8,
-    "model.exact_window": 0,
-    "model.dropout": 0.0,
     "head.dropout": 0.0,
     "training.steps": 10,
     "training.steps_per_epoch": 5,
-    "training.batch_size": 16,
-    "training.learning_rate": 1e-2,
     "training.warmup_steps": 2,
-    "training.patience": 0,
     "training.validation_examples": 16,
 }
 LETTERS = list("ACDEFGHIKLMNPQRSTVY")
-
-
-def overrides(**changes):
-    return [f"--set={key}={value}" for key, value in {**SMALL, **changes}.items()]
 
 
 def write_proteins(path, count=240):
@@ -77,9 +63,8 @@ def proteins(tmp_path_factory):
 def test_a_letter_that_decides_is_learned(proteins, tmp_path):
     output = tmp_path / "run"
     changes = {"training.steps": 40, "training.steps_per_epoch": 20}
-    metrics = main(
-        [f"--config={PROTEINS}", f"--file={proteins}", f"--output={output}", *overrides(**changes)]
-    )
+    options = [f"--config={PROTEINS}", f"--file={proteins}", *flags(SMALL | changes)]
+    metrics = main([*options, f"--output={output}"])
     assert json.loads((output / "metrics.json").read_text(encoding="utf-8")) == metrics
     model, majority = metrics["test"]["model"], metrics["test"]["majority"]
     assert model["accuracy"] > 0.95 > 0.8 > majority["accuracy"]
@@ -122,7 +107,7 @@ RESUMED = {
 @pytest.mark.slow_on_jax
 @pytest.mark.slow_on_tensorflow
 def test_a_process_that_is_killed_in_an_epoch_goes_on(proteins, tmp_path):
-    options = [f"--config={PROTEINS}", f"--file={proteins}", *overrides(**RESUMED)]
+    options = [f"--config={PROTEINS}", f"--file={proteins}", *flags(SMALL | RESUMED)]
     killed, whole = killed_and_whole("classification", options, tmp_path)
     assert_same_curves(killed, whole)
     figures = (metrics["test"]["model"]["cross_entropy"] for metrics in (killed, whole))
@@ -146,7 +131,7 @@ def test_a_masked_language_model_gives_its_encoder(proteins, tmp_path, eager):
     changes = {"training.learning_rate": 1e-9, "model.dropout": 0.25, "training.weight_decay": 0.0}
     metrics = main(
         [f"--config={PROTEINS}", f"--file={proteins}", f"--output={tmp_path / 'run'}",
-         f"--preset={tmp_path / 'mlm'}", *overrides(**changes)]
+         f"--preset={tmp_path / 'mlm'}", *flags(SMALL | changes)]
     )  # fmt: skip
     model = PerformerSequenceClassifier.from_preset(str(tmp_path / "run" / "preset"))
     assert (model.backbone.hidden_dim, model.backbone.num_features) == (24, 4)
@@ -177,7 +162,7 @@ def test_images_run_pixel_by_pixel_in_mixed_precision(tmp_path, eager):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     metrics = main(
         [f"--config={CONFIGS / 'digits.toml'}", f"--file={file}", f"--output={tmp_path / 'run'}",
-         *overrides(**{"training.learning_rate": 3e-2, "training.precision": "mixed_bfloat16"})]
+         *flags(SMALL | {"training.learning_rate": 3e-2, "training.precision": "mixed_bfloat16"})]
     )  # fmt: skip
     assert metrics["test"]["model"]["accuracy"] > 0.9
     assert metrics["reload_max_abs_difference"] <= 1e-5
@@ -218,7 +203,7 @@ def test_documents_and_list_ops_run_with_the_baselines(attention, tmp_path, eage
     changes = {**fields, "model.attention": attention, "training.patience": 2}
     metrics = main(
         [f"--config={config}", f"--file={file}", f"--output={tmp_path / 'run'}",
-         *overrides(**changes)]
+         *flags(SMALL | changes)]
     )  # fmt: skip
     assert metrics["attention"] == metrics["config"]["model"]["attention"] == attention
     assert len(metrics["training"]["history"]) == 2
@@ -240,7 +225,7 @@ def test_baselines_have_the_weights_of_the_performer():
 
 
 def load(path, **changes):
-    return load_config(Config, path, [text.removeprefix("--set=") for text in overrides(**changes)])
+    return load_config(Config, path, overrides(SMALL | changes))
 
 
 def test_shipped_configs_can_be_read_and_say_how_to_run_them():
@@ -365,7 +350,7 @@ def test_bad_input_ends_with_one_sentence_before_any_training(
             masked_lm(tmp_path / name, tokenizer())
             options[options.index(f"--preset={name}")] = f"--preset={tmp_path / name}"
     with pytest.raises(SystemExit, match=message) as error:
-        main([f"--config={PROTEINS}", f"--output={tmp_path / 'run'}", *overrides(), *options])
+        main([f"--config={PROTEINS}", f"--output={tmp_path / 'run'}", *flags(SMALL), *options])
     assert re.match("error: [^\n]*$", str(error.value)), str(error.value)
 
 
@@ -379,7 +364,7 @@ def test_a_preset_whose_positions_end_too_early_leaves_earlier_figures(proteins,
     with pytest.raises(SystemExit, match=message):
         main(
             [f"--config={PROTEINS}", f"--file={proteins}", f"--output={figures.parent}",
-             f"--preset={tmp_path / 'mlm'}", *overrides()]
+             f"--preset={tmp_path / 'mlm'}", *flags(SMALL)]
         )  # fmt: skip
     assert figures.read_text(encoding="utf-8") == "{}"
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+from recipes import CONFIGS, TINY, flags
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
@@ -18,25 +19,15 @@ from training import compare
 
 BACKEND = keras.config.backend()
 ROOT = Path(__file__).parent.parent
-CONFIGS = ROOT / "training" / "configs"
 SMALL = {
+    **TINY,
     "data.sequence_length": 24,
-    "model.num_layers": 1,
-    "model.num_heads": 2,
-    "model.hidden_dim": 16,
-    "model.intermediate_dim": 16,
-    "model.num_features": 8,
-    "model.exact_window": 0,
     "model.far_bias": 0.0,
-    "model.dropout": 0.0,
     "training.steps": 6,
     "training.steps_per_epoch": 2,
-    "training.batch_size": 16,
     "training.accumulate": 1,
     "training.precision": "float32",
-    "training.learning_rate": 1e-2,
     "training.warmup_steps": 1,
-    "training.patience": 0,
 }
 
 
@@ -57,15 +48,14 @@ def proteins(tmp_path_factory):
     return write_labelled(tmp_path_factory.mktemp("data") / "p.jsonl")
 
 
-def command(recipe, config, output, *flags, **changes):
-    options = [f"--set={key}={value}" for key, value in {**SMALL, **changes}.items()]
+def command(recipe, config, output, *options, **changes):
     config = f"--config={CONFIGS / config}"
-    return [f"--recipe={recipe}", config, f"--output={output}", *options, *flags]
+    return [f"--recipe={recipe}", config, f"--output={output}", *flags(SMALL | changes), *options]
 
 
-def residue_labels(proteins, output, *flags, **changes):
-    flags = [f"--file={proteins}", "--lengths", "24", "8", "--attentions", *flags]
-    return command("residue_labels", "secondary_structure.toml", output, *flags, **changes)
+def residue_labels(proteins, output, *attentions, **changes):
+    options = [f"--file={proteins}", "--lengths", "24", "8", "--attentions", *attentions]
+    return command("residue_labels", "secondary_structure.toml", output, *options, **changes)
 
 
 @pytest.fixture
@@ -191,8 +181,8 @@ def test_every_recipe_can_be_compared(recipe, config, changes, headline, protein
     elif recipe == "causal_lm":
         source = tmp_path / "t.txt"
         source.write_text("\n".join(row["sequence"] for row in rows), encoding="utf-8")
-    flags = [f"{flag}={source}", "--attentions", "performer", "sliding_window"]
-    results = compare.main(command(recipe, config, tmp_path / "c", *flags, **changes))
+    options = [f"{flag}={source}", "--attentions", "performer", "sliding_window"]
+    results = compare.main(command(recipe, config, tmp_path / "c", *options, **changes))
     assert results["headline"]["figure"] == headline
     assert set(results["runs"]) == {"performer", "sliding_window"}
     values = [run[headline] for run in results["runs"].values()]

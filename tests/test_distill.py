@@ -3,12 +3,12 @@
 import importlib
 import json
 import re
-from pathlib import Path
 
 import keras
 import keras_hub
 import numpy as np
 import pytest
+from recipes import CONFIGS, flags
 from teachers import LETTERS, save_teacher
 from tolerances import assert_exact, to_numpy
 
@@ -18,7 +18,7 @@ from training import distill, loop
 from training.benchmarks import conversion
 from training.distill import STAGES, compare, main, targets
 
-CONFIG = Path(__file__).parent.parent / "training" / "configs" / "antibody_distill.toml"
+CONFIG = CONFIGS / "antibody_distill.toml"
 SMALL = {
     "data.num_masks": 3,
     "data.heldout_sequences": 8,
@@ -50,13 +50,12 @@ def files(tmp_path_factory):
 
 
 def arguments(files, output, *options, **changes):
-    pairs = {**SMALL, **changes}
     return [
         f"--config={CONFIG}",
         f"--preset={files / 'preset'}",
         f"--fasta={files / 'sequences.fasta'}",
         f"--output={output}",
-        *(f"--set={key}={value}" for key, value in pairs.items()),
+        *flags(SMALL | changes),
         *options,
     ]
 

@@ -12,6 +12,7 @@ import keras
 import numpy as np
 import pytest
 from marks import slow_on_jax
+from recipes import CONFIGS, TINY, flags
 from rich.console import Console
 from tolerances import assert_close, assert_gradients_close, to_numpy
 
@@ -196,22 +197,15 @@ def first_draw():
 # Whole recipes.
 
 CHAINS = {
+    **TINY,
     "data.text_field": "sequence",
     "data.label_field": "labels",
     "data.sequence_length": 32,
     "data.length_multiple": 0,
     "data.bucket_batches": 1,
-    "model.num_layers": 1,
-    "model.num_heads": 2,
-    "model.hidden_dim": 16,
-    "model.intermediate_dim": 16,
-    "model.num_features": 8,
     "model.exact_window": 4,
-    "model.dropout": 0.0,
     "training.steps": 6,
     "training.steps_per_epoch": 3,
-    "training.batch_size": 16,
-    "training.learning_rate": 1e-2,
     "training.warmup_steps": 1,
     "training.clip_norm": 0.05,
     "training.patience": 5,
@@ -223,9 +217,8 @@ CHAINS = {
 
 
 def chain_arguments(file, output, *more):
-    config = ROOT / "training" / "configs" / "secondary_structure.toml"
-    options = [f"--set={key}={value}" for key, value in CHAINS.items()]
-    return [f"--config={config}", f"--file={file}", f"--output={output}", *options, *more]
+    config = CONFIGS / "secondary_structure.toml"
+    return [f"--config={config}", f"--file={file}", f"--output={output}", *flags(CHAINS), *more]
 
 
 def write_chains(path):

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import pytest
 from killing import assert_same_curves, killed_and_whole, needs_kill
+from recipes import TINY, flags, overrides
 from rich.console import Console
 
 from keras_performer.models import (
@@ -35,18 +36,15 @@ from training.results import finish
 BACKEND = keras.config.backend()
 AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
 SMALL = {
+    **TINY,
     "data.sequence_length": 48,
     "data.heldout_share": 0.3,
-    "model.num_layers": 1,
-    "model.num_heads": 2,
     "model.hidden_dim": 32,
     "model.intermediate_dim": 32,
     "model.num_features": 16,
-    "model.dropout": 0.0,
+    "model.exact_window": 16,
     "training.steps": 60,
     "training.steps_per_epoch": 20,
-    "training.batch_size": 16,
-    "training.learning_rate": 1e-2,
     "training.warmup_steps": 5,
     "training.validation_proteins": 8,
 }
@@ -65,8 +63,7 @@ def write_fasta(path, num_proteins=120):
 
 
 def run(fasta, output, **changes):
-    options = [f"--set={key}={value}" for key, value in {**SMALL, **changes}.items()]
-    return main([f"--fasta={fasta}", f"--output={output}", *options])
+    return main([f"--fasta={fasta}", f"--output={output}", *flags(SMALL | changes)])
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +115,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(fasta, tmp_path, monkey
         "training.accumulate": 2,
         "training.redraw_features_every": 3,
     }
-    overrides = [f"{key}={value}" for key, value in changes.items()]
-    config = load_config(Config, DEFAULT_CONFIG, overrides)
+    config = load_config(Config, DEFAULT_CONFIG, overrides(changes))
     proteins, heldout, _ = read_proteins(fasta, config)
     digest = sequences_sha256(proteins, heldout)
 
@@ -146,7 +142,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(fasta, tmp_path, monkey
     output = prepare_output(tmp_path / "run", config, digest)
     with pytest.raises(Exception, match="killed"):
         train_model(output)
-    other = load_config(Config, DEFAULT_CONFIG, [*overrides, "training.learning_rate=1e-3"])
+    changes["training.learning_rate"] = 1e-3
+    other = load_config(Config, DEFAULT_CONFIG, overrides(changes))
     with pytest.raises(ValueError, match="unfinished run with another config or other data"):
         prepare_output(output, other, digest)
     with pytest.raises(ValueError, match="unfinished run with another config or other data"):
@@ -176,9 +173,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(fasta, tmp_path, monkey
 @needs_kill
 @pytest.mark.slow
 def test_a_process_that_is_killed_in_an_epoch_goes_on(fasta, tmp_path):
-    changes = {**SMALL, "model.dropout": 0.2}
-    options = [f"--set={key}={value}" for key, value in changes.items()]
-    runs = killed_and_whole("protein_masked_lm", [f"--fasta={fasta}", *options], tmp_path)
+    options = [f"--fasta={fasta}", *flags(SMALL | {"model.dropout": 0.2})]
+    runs = killed_and_whole("protein_masked_lm", options, tmp_path)
     assert_same_curves(*runs)
 
 

@@ -1,11 +1,11 @@
 import json
 import re
-from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 from killing import assert_same_curves, killed_and_whole, needs_kill
+from recipes import CONFIGS, TINY, flags, overrides
 
 from keras_performer.models import (
     PerformerEncoderBackbone,
@@ -20,24 +20,15 @@ from training.data.secondary_structure import Q3, Q8, to_q3
 from training.residue_labels import Config, compare, main, make_batch, read_chains
 
 BACKEND = keras.config.backend()
-CONFIG = Path(__file__).parent.parent / "training" / "configs" / "secondary_structure.toml"
+CONFIG = CONFIGS / "secondary_structure.toml"
 SMALL = {
+    **TINY,
     "data.sequence_length": 24,
     "data.length_multiple": 0,
     "data.bucket_batches": 1,
-    "model.num_layers": 1,
-    "model.num_heads": 2,
-    "model.hidden_dim": 16,
-    "model.intermediate_dim": 16,
-    "model.num_features": 8,
-    "model.exact_window": 0,
-    "model.dropout": 0.0,
     "training.steps": 10,
     "training.steps_per_epoch": 5,
-    "training.batch_size": 16,
-    "training.learning_rate": 1e-2,
     "training.warmup_steps": 2,
-    "training.patience": 0,
     "training.precision": "float32",
     "training.validation_windows": 16,
 }
@@ -45,14 +36,8 @@ SMALL = {
 STATE_OF = dict(zip("ACDEFGHIKLMN", "HGIEBTSCHECH", strict=True))
 
 
-def overrides(**changes):
-    return [f"--set={key}={value}" for key, value in {**SMALL, **changes}.items()]
-
-
 def load(**changes):
-    return load_config(
-        Config, CONFIG, [text.removeprefix("--set=") for text in overrides(**changes)]
-    )
+    return load_config(Config, CONFIG, overrides(SMALL | changes))
 
 
 def write(path, rows):
@@ -76,7 +61,7 @@ def test_a_state_for_each_letter_is_learned(chains, tmp_path):
     output = tmp_path / "run"
     changes = {"training.steps": 40, "training.steps_per_epoch": 20}
     metrics = main(
-        [f"--config={CONFIG}", f"--file={chains}", f"--output={output}", *overrides(**changes)]
+        [f"--config={CONFIG}", f"--file={chains}", f"--output={output}", *flags(SMALL | changes)]
     )
     assert json.loads((output / "metrics.json").read_text(encoding="utf-8")) == metrics
     model, majority = metrics["test"]["model"], metrics["test"]["majority"]
@@ -110,7 +95,7 @@ def test_a_process_that_is_killed_in_an_epoch_goes_on(chains, tmp_path):
         "training.accumulate": 2,
         "training.redraw_features_every": 3,
     }
-    options = [f"--config={CONFIG}", f"--file={chains}", *overrides(**changes)]
+    options = [f"--config={CONFIG}", f"--file={chains}", *flags(SMALL | changes)]
     killed, whole = killed_and_whole("residue_labels", options, tmp_path)
     assert_same_curves(killed, whole)
     model, expected = (metrics["test"]["model"] for metrics in (killed, whole))
@@ -122,7 +107,7 @@ def test_a_process_that_is_killed_in_an_epoch_goes_on(chains, tmp_path):
 def test_three_states_and_a_baseline(chains, tmp_path, eager):
     changes = {"data.states": 3, "model.attention": "sliding_window", "training.patience": 2}
     metrics = main(
-        [f"--config={CONFIG}", f"--file={chains}", f"--output={tmp_path}", *overrides(**changes)]
+        [f"--config={CONFIG}", f"--file={chains}", f"--output={tmp_path}", *flags(SMALL | changes)]
     )
     assert metrics["attention"] == "sliding_window" and list(metrics["test"]["classes"]) == list(Q3)
     assert "q8" not in metrics["test"]["model"]
@@ -219,7 +204,7 @@ def test_bad_input_ends_with_one_sentence_before_any_training(
     if rows is not None:
         options = [f"--file={write(tmp_path / 'c.jsonl', rows)}", *options]
     with pytest.raises(SystemExit, match=message) as error:
-        main([f"--config={CONFIG}", f"--output={tmp_path / 'run'}", *overrides(), *options])
+        main([f"--config={CONFIG}", f"--output={tmp_path / 'run'}", *flags(SMALL), *options])
     assert re.match("error: [^\n]*$", str(error.value)), str(error.value)
 
 

@@ -1,10 +1,10 @@
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 from killing import assert_same_curves, killed_and_whole, needs_kill
+from recipes import CONFIGS, TINY, flags, overrides
 
 from keras_performer.models import PerformerMaskedLM
 from training import classification, self_pretraining
@@ -13,32 +13,19 @@ from training.data.examples import split_of
 from training.data.list_ops import VOCABULARY
 from training.self_pretraining import Config, Rows, main
 
-CONFIGS = Path(__file__).parent.parent / "training" / "configs"
 LIST_OPS = CONFIGS / "list_ops_pretraining.toml"
 SMALL = {
+    **TINY,
     "data.sequence_length": 24,
     "data.length_multiple": 0,
     "data.bucket_batches": 1,
-    "model.num_layers": 1,
-    "model.num_heads": 2,
-    "model.hidden_dim": 16,
-    "model.intermediate_dim": 16,
-    "model.num_features": 8,
-    "model.exact_window": 0,
-    "model.dropout": 0.0,
     "training.steps": 12,
     "training.steps_per_epoch": 6,
-    "training.batch_size": 16,
     "training.learning_rate": 5e-2,
     "training.warmup_steps": 2,
-    "training.patience": 0,
     "training.precision": "float32",
     "training.validation_examples": 16,
 }
-
-
-def overrides(**changes):
-    return [f"--set={key}={value}" for key, value in {**SMALL, **changes}.items()]
 
 
 def write_examples(path, letters, opening="", closing=""):
@@ -53,7 +40,7 @@ def write_examples(path, letters, opening="", closing=""):
 
 def run(config, examples, output, *options, **changes):
     files = [f"--config={config}", f"--file={examples}", f"--output={output}"]
-    return main([*files, *overrides(**changes), *options])
+    return main([*files, *flags(SMALL | changes), *options])
 
 
 @pytest.mark.slow_on_jax
@@ -73,11 +60,7 @@ def test_list_ops_start_from_what_their_masked_tokens_taught(tmp_path, eager):
     assert pretrained.preprocessor is None
     assert pretrained.backbone.vocabulary_size == len(VOCABULARY)
 
-    config = load_config(
-        classification.Config,
-        CONFIGS / "list_ops.toml",
-        [option.removeprefix("--set=") for option in overrides()],
-    )
+    config = load_config(classification.Config, CONFIGS / "list_ops.toml", overrides(SMALL))
     corpus = classification.read_corpus(config, examples)
     tuned = classification.build_model(config, corpus, str(output / "preset"), None)
     pairs = zip(tuned.backbone.get_weights(), pretrained.backbone.get_weights(), strict=True)
@@ -110,7 +93,7 @@ def test_a_process_that_is_killed_in_an_epoch_goes_on(tmp_path):
         "training.redraw_features_every": 3,
     }
     examples = write_examples(tmp_path / "l.jsonl", [f"{i} " for i in range(10)], "[MAX ", "]")
-    options = [f"--config={LIST_OPS}", f"--file={examples}", *overrides(**changes)]
+    options = [f"--config={LIST_OPS}", f"--file={examples}", *flags(SMALL | changes)]
     killed, whole = killed_and_whole("self_pretraining", options, tmp_path)
     assert_same_curves(killed, whole)
     figures = (metrics["test"]["model"]["cross_entropy"] for metrics in (killed, whole))
