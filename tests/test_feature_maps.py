@@ -12,11 +12,16 @@ from keras_performer import feature_maps
 from keras_performer.feature_maps import (
     ELU,
     FavorPlus,
+    FavorPlusPlus,
     FeatureMap,
     GeneralizedKernel,
+    Hedgehog,
     ReLU,
+    Trigonometric,
     default_num_features,
 )
+from keras_performer.ops import favor_attention
+from keras_performer.ops.projections import simplex
 
 STANDARD_ERRORS = 5
 
@@ -32,10 +37,23 @@ MAPS = {
     "elu": lambda: ELU(),
     "squared": lambda: GeneralizedKernel(squared, 19, projection="iid", scale_inputs=True, seed=3),
     "softplus": lambda: GeneralizedKernel("softplus", kernel_epsilon=0.0),
+    "favor_plus_plus": lambda: FavorPlusPlus(19, projection="simplex", momentum=0.5, seed=3),
+    "balanced": lambda: FavorPlusPlus(19, projection="iid", balanced=True, seed=3),
+    "hedgehog": lambda: Hedgehog(),
+    "trigonometric": lambda: Trigonometric(22, projection="simplex", seed=3),
+    "trained_favor_plus": lambda: FavorPlus(19, trainable_projection=True, seed=3),
+    "trained_hyperbolic": lambda: FavorPlus(22, hyperbolic=True, trainable_projection=True, seed=3),
+    "trained_favor_plus_plus": lambda: FavorPlusPlus(
+        19, balanced=True, trainable_projection=True, seed=3
+    ),
+    "trained_relu": lambda: ReLU(19, kernel_epsilon=1e-2, trainable_projection=True, seed=3),
+    "trained_squared": lambda: GeneralizedKernel(
+        squared, 19, projection="iid", scale_inputs=True, trainable_projection=True, seed=3
+    ),
 }
 
 
-def built(feature_map, head_dim):
+def built(feature_map, head_dim=7):
     feature_map.build((None, head_dim))
     return feature_map
 
@@ -131,6 +149,43 @@ def test_rows_are_gaussian_vectors(projection):
     assert squares.std() > 1  # not the same norm for all
 
 
+@pytest.mark.parametrize("head_dim", [2, 3, 7])
+def test_simplex_directions_have_one_angle_in_each_block(head_dim):
+    rows = simplex(3 * head_dim + head_dim // 2, head_dim, np.random.default_rng(0))
+    assert rows.shape == (3 * head_dim + head_dim // 2, head_dim)
+    directions = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    for start in range(0, len(rows), head_dim):
+        block = directions[start : start + head_dim]
+        cosines = block @ block.T
+        expected = np.where(np.eye(len(block)) > 0, 1.0, -1 / (head_dim - 1))
+        np.testing.assert_allclose(cosines, expected, atol=1e-12)
+        if len(block) == head_dim:
+            np.testing.assert_allclose(block.sum(axis=0), 0.0, atol=1e-12)
+    across = directions[:head_dim] @ directions[head_dim : 2 * head_dim].T
+    assert np.abs(across + 1 / (head_dim - 1)).max() > 0.1  # each block has its own rotation
+
+
+def test_simplex_rows_are_gaussian_vectors():
+    rows = simplex(7 * 997, 7, np.random.default_rng(2))
+    squares = np.sum(rows**2, axis=1)
+    for sample, mean in (
+        (squares, 7.0),
+        ((squares - 7.0) ** 2, 14.0),
+        (rows.reshape(997, 7, 7)[:, 0].ravel(), 0.0),  # every corner, not only their average
+        (rows.reshape(997, 7, 7)[:, range(7), range(7)].ravel(), 0.0),
+        (rows.ravel() ** 2, 1.0),
+        (rows[:, 0] * rows[:, 1], 0.0),
+    ):
+        standard_error = sample.std() / math.sqrt(sample.size)
+        assert abs(sample.mean() - mean) < STANDARD_ERRORS * standard_error
+
+
+def test_simplex_rows_of_one_dimension_are_gaussian_numbers():
+    rows = simplex(5003, 1, np.random.default_rng(0))
+    assert abs(rows.mean()) < STANDARD_ERRORS / math.sqrt(5003)
+    assert abs((rows**2).mean() - 1) < STANDARD_ERRORS * math.sqrt(2 / 5003)
+
+
 @pytest.mark.parametrize("projection", ["orthogonal", "iid"])
 def test_regularized_rows_have_one_norm(projection):
     rows = projection_of(FavorPlus(23, projection=projection, regularized=True, seed=0), 7)
@@ -168,105 +223,40 @@ def test_projection_is_a_saved_weight_that_is_not_trained():
     assert keras.backend.standardize_dtype(half.projection.dtype) == "bfloat16"
 
 
-# Statistics. Blocks of one large projection are independent draws of a small one.
-
-
-def pairs(head_dim, count=5, scale=0.5):
-    """Scaled queries and keys, with |q' + k'|^2 about 2 scale^2 sqrt(H)."""
-    return normal(count, head_dim, seed=1, scale=scale), normal(
-        count, head_dim, seed=2, scale=scale
-    )
-
-
-def kernel(q, k):
-    q, k = q.astype("float64"), k.astype("float64")
-    return np.exp(np.sum(q * k, axis=-1) / math.sqrt(q.shape[-1]))
-
-
-def estimates(feature_map, q, k, block):
-    """Estimates of the kernel (pairs, draws), each from `block` features."""
-    products = to_numpy(feature_map(q, is_query=True)).astype("float64") * to_numpy(feature_map(k))
-    if feature_map.get_config().get("hyperbolic"):  # a row's two features make one estimate
-        products = products.reshape(len(q), 2, -1).sum(axis=1)
-        block //= 2
-    return products.reshape(len(q), -1, block).sum(axis=-1) * (products.shape[-1] / block)
-
-
-@pytest.mark.parametrize("projection", ["orthogonal", "iid"])
-@pytest.mark.parametrize("hyperbolic", [False, True])
-def test_kernel_estimate_is_unbiased(projection, hyperbolic):
-    q, k = pairs(7)
-    feature_map = FavorPlus(14 * 4001, projection=projection, hyperbolic=hyperbolic, seed=6)
-    draws = estimates(feature_map, q, k, block=14)
-    standard_error = draws.std(axis=1) / math.sqrt(draws.shape[1])
-    truth = kernel(q, k)
-    assert (standard_error < 0.05 * truth).all()  # else the next line would hide a bias
-    assert (np.abs(draws.mean(axis=1) - truth) < STANDARD_ERRORS * standard_error).all()
-
-
-def test_regularized_kernel_is_biased_below_by_as_much_as_theory_says():
-    q, k = pairs(7, scale=1.0)
-    draws = estimates(FavorPlus(200_003, projection="iid", regularized=True, seed=7), q, k, 1)
-    standard_error = draws.std(axis=1) / math.sqrt(draws.shape[1])
-    # The mean of exp(sqrt(H) u.z) over the sphere is 0F1(; H/2; H |z|^2 / 4).
-    x, y = (t.astype("float64") * 7**-0.25 for t in (q, k))
-    argument = 7 * np.sum((x + y) ** 2, axis=-1) / 4
-    terms = [np.ones(len(q))]
-    for i in range(60):
-        terms.append(terms[-1] * argument / ((i + 1) * (3.5 + i)))
-    truth = np.sum(terms, axis=0) * np.exp(-np.sum(x * x + y * y, axis=-1) / 2)
-    assert (np.abs(draws.mean(axis=1) - truth) < STANDARD_ERRORS * standard_error).all()
-    below = kernel(q, k) - draws.mean(axis=1)
-    assert (below > 0).all()
-    assert (below > STANDARD_ERRORS * standard_error).any()
-
-
-def test_variance_of_iid_features_is_that_of_the_theory():
-    # (exp(|q' + k'|^2) - 1) / M for M independent features: what `FavorPlus` documents.
-    q, k = pairs(7, scale=0.4)
-    draws = estimates(FavorPlus(400_009, projection="iid", seed=8), q, k, 1)
-    squares = (draws / kernel(q, k)[:, None] - 1) ** 2
-    f = np.sum((q.astype("float64") + k) ** 2, axis=-1) / math.sqrt(7)
-    standard_error = squares.std(axis=1) / math.sqrt(squares.shape[1])
-    assert (np.abs(squares.mean(axis=1) - (np.exp(f) - 1)) < STANDARD_ERRORS * standard_error).all()
-    assert (standard_error < 0.05 * np.exp(f)).all()
-
-
-def squared_errors(q, k, block, draws=20011, **options):
-    feature_map = FavorPlus(block * draws, seed=9, **options)
-    relative = estimates(feature_map, q, k, block) / kernel(q, k)[:, None] - 1
-    return np.mean(relative**2, axis=0)  # over the pairs, one for each draw
+# Redrawing.
 
 
 @pytest.mark.parametrize(
-    ("better", "worse", "num_features"),
+    "make",
     [
-        ({"projection": "orthogonal"}, {"projection": "iid"}, 7),
-        ({"projection": "iid", "hyperbolic": True}, {"projection": "iid"}, 14),
+        lambda seed: FavorPlus(22, seed=seed),
+        lambda seed: FavorPlus(22, hyperbolic=True, projection="simplex", seed=seed),
+        lambda seed: FavorPlus(22, regularized=True, seed=seed),
+        lambda seed: FavorPlusPlus(22, trainable_projection=True, seed=seed),
+        lambda seed: ReLU(22, projection="iid", seed=seed),
+        lambda seed: Trigonometric(22, seed=seed),
     ],
-    ids=["orthogonal_below_iid", "hyperbolic_below_plain_for_short_vectors"],
 )
-def test_error_is_lower(better, worse, num_features):
-    q, k = pairs(7, count=11, scale=0.3)
-    low, high = (squared_errors(q, k, num_features, **options) for options in (better, worse))
-    standard_error = math.sqrt((low.var() + high.var()) / low.size)
-    assert high.mean() - low.mean() > STANDARD_ERRORS * standard_error
+def test_redraw_is_a_new_draw_of_the_seed(make):
+    feature_map = built(make(1))
+    first = to_numpy(feature_map.projection).copy()
+    feature_map.redraw(2)
+    second = to_numpy(feature_map.projection).copy()
+    assert_exact(second, built(make(2)).projection)
+    assert np.abs(second - first).max() > 0.1
+    feature_map.redraw(np.int64(1))
+    assert_exact(feature_map.projection, first)
+    assert feature_map.seed == 1
 
 
-@pytest.mark.parametrize("projection", ["orthogonal", "iid"])
-def test_error_falls_with_the_square_root_of_features(projection):
-    # Short vectors, and 24 draws of each size: the error itself has heavy tails.
-    q, k = normal(11, 13, seed=1, scale=0.3), normal(17, 13, seed=2, scale=0.3)
-    truth = np.exp(q.astype("float64") @ k.T / math.sqrt(13))
-    sizes = [13, 52, 208, 832]
-    errors = []
-    for num_features in sizes:
-        feature_map = FavorPlus(24 * num_features, projection=projection, seed=3)
-        phi_q, phi_k = (to_numpy(feature_map(x)).reshape(-1, 24, num_features) for x in (q, k))
-        estimate = 24 * np.einsum("tdm,sdm->dts", phi_q, phi_k)
-        errors.append(math.sqrt(np.mean((estimate / truth - 1) ** 2)))
-    slope, _ = np.polyfit(np.log(sizes), np.log(errors), 1)
-    assert -0.6 < slope < -0.4
+def test_redraw_needs_a_projection():
+    for feature_map in (built(ELU()), built(Hedgehog()), built(ReLU(projection=None))):
+        with pytest.raises(ValueError, match=r"random projection.*projection=None, built=True"):
+            feature_map.redraw(1)
+    with pytest.raises(ValueError, match=r"FavorPlus with projection='orthogonal', built=False"):
+        FavorPlus(11).redraw(1)
+    with pytest.raises(TypeError, match="integer"):
+        built(FavorPlus(11)).redraw(None)
 
 
 # Configuration.
@@ -281,6 +271,7 @@ def test_config_round_trip_keeps_the_map(name):
     if feature_map.supports_state:
         x = normal(3, 7)
         assert_exact(twin(x), feature_map(x))  # the seed draws the same projection
+        assert feature_map.compute_output_shape((3, 7)) == tuple(feature_map(x).shape)
 
 
 @pytest.mark.parametrize("name", [name for name in MAPS if name != "legacy"])
@@ -297,6 +288,21 @@ def test_saved_map_loads_bit_equal(name, tmp_path):
     assert model.output_shape == (None, *model(x).shape[1:])
 
 
+def test_config_has_every_argument():
+    options = {"num_features": 11, "projection": "simplex", "seed": 2}
+    adaptive = {"trainable_projection": True, "balanced": True, "momentum": 0.5}
+    for made, given in (
+        (FavorPlusPlus(**options, **adaptive), {**options, **adaptive}),
+        (Trigonometric(22, projection="iid", seed=2), {"num_features": 22, "projection": "iid"}),
+        (ELU(), {}),
+        (Hedgehog(), {}),
+    ):
+        config = made.get_config()
+        assert given.items() <= config.items()
+        if not given:
+            assert set(config) == {"name", "trainable", "dtype"}
+
+
 def test_an_unregistered_function_is_refused_at_loading():
     def fourth_power(x):
         return squared(squared(x))
@@ -307,17 +313,23 @@ def test_an_unregistered_function_is_refused_at_loading():
 
 
 def test_get_makes_new_maps():
-    for name, cls in (("favor_plus", FavorPlus), ("relu", ReLU), ("elu", ELU)):
+    classes = {"favor_plus": FavorPlus, "relu": ReLU, "elu": ELU, "hedgehog": Hedgehog}
+    for name, cls in classes.items():
         assert type(feature_maps.get(name)) is cls
-    by_name = feature_maps.get("relu", num_features=11, seed=3, dtype="float32")
-    assert (by_name.num_features, by_name.seed) == (11, 3)
-    original = built(FavorPlus(11, hyperbolic=False, regularized=True, seed=5), 7)
-    for identifier in (original, keras.saving.serialize_keras_object(original)):
-        copy = feature_maps.get(identifier)
-        assert copy is not original and not copy.built
-        assert copy.get_config() == original.get_config()
-        assert built(copy, 7).projection is not original.projection
-        assert_exact(copy.projection, original.projection)
+    for name, cls in (("relu", ReLU), ("favor_plus_plus", FavorPlusPlus)):
+        by_name = feature_maps.get(name, num_features=11, seed=3, dtype="float32")
+        assert type(by_name) is cls and (by_name.num_features, by_name.seed) == (11, 3)
+    plain = FavorPlus(11, hyperbolic=False, regularized=True, seed=5)
+    adaptive = FavorPlusPlus(11, balanced=True, seed=5)
+    adaptive.build((None, None, 3, 7))
+    adaptive.update_statistics(normal(2, 5, 6, 7), normal(2, 5, 3, 7))
+    for original in (built(plain, 7), adaptive):
+        for identifier in (original, keras.saving.serialize_keras_object(original)):
+            copy = feature_maps.get(identifier)
+            assert copy is not original and not copy.built
+            assert copy.get_config() == original.get_config()
+            assert built(copy, 7).projection is not original.projection
+            assert_exact(copy.projection, original.projection)
 
 
 @pytest.mark.parametrize(
@@ -327,6 +339,7 @@ def test_get_makes_new_maps():
         (7, {}, r"or a FeatureMap.*Received: feature_map=7"),
         (keras.saving.serialize_keras_object(keras.layers.Dense(3)), {}, r"or a FeatureMap"),
         ("elu", {"num_features": 11}, r"num_features=None. Received: num_features=11"),
+        ("hedgehog", {"num_features": 11}, r"num_features=None. Received: num_features=11"),
         (ELU(), {"num_features": 11}, r"own number of features.*num_features=11"),
         ("favor_plus", {"num_features": 0}, r"positive integer.*num_features=0"),
         ("relu", {"num_features": 2.5}, r"positive integer.*num_features=2.5"),
@@ -359,6 +372,15 @@ def test_get_explains_what_it_refuses(identifier, options, message):
         (lambda: GeneralizedKernel(ops.log), r"finite and not negative"),
         (lambda: GeneralizedKernel(ops.sum), r"an elementwise function"),
         (lambda: ReLU().build((3, None)), r"head size.*positive integer.*\(3, None\)"),
+        (lambda: FavorPlusPlus(projection=None), r"FavorPlusPlus needs a projection.*'simplex'"),
+        (lambda: FavorPlusPlus(momentum=1.0), r"below 1. Received: momentum=1.0"),
+        (lambda: FavorPlusPlus(momentum=-0.1), r"at least 0.*momentum=-0.1"),
+        (lambda: FavorPlusPlus(0), r"positive integer.*num_features=0"),
+        (lambda: Trigonometric(projection=None), r"Trigonometric needs a projection"),
+        (lambda: Trigonometric(11), r"must be even. Received: num_features=11"),
+        (lambda: ReLU(projection=None, trainable_projection=True), r"no projection to train"),
+        (lambda: GeneralizedKernel(squared, trainable_projection=True), r"no projection to train"),
+        (lambda: Hedgehog().build((3, None)), r"head size.*positive integer.*\(3, None\)"),
     ],
 )
 def test_constructors_explain_what_they_refuse(make, message):
@@ -373,3 +395,10 @@ def test_an_epsilon_can_lift_a_function_that_dips_below_zero():
 def test_the_interface_is_abstract():
     with pytest.raises(NotImplementedError):
         built(FeatureMap(), 7).features(normal(3, 7), (), is_query=False)
+
+
+@pytest.mark.parametrize("make", [lambda: Hedgehog(), lambda: Trigonometric(22, seed=1)])
+def test_exact_scores_do_not_stand_beside_other_kernels(make):
+    x = normal(2, 11, 3, 7)
+    with pytest.raises(ValueError, match="exact_window"):
+        favor_attention(x, x, x, make(), exact_window=3)
