@@ -14,7 +14,8 @@ from rich.progress import Progress
 
 from keras_performer.convert import performerize
 from training.benchmarks import conversion
-from training.benchmarks.conversion import Masked, Plan
+from training.benchmarks.conversion import Plan
+from training.converted import Masked, difference, mask_residues, score, summary
 
 # Nine models and six ways to train: seconds, but for the backends that compile each of them.
 slow_where_compiled = (lambda test: test) if keras.config.backend() == "torch" else pytest.mark.slow
@@ -30,7 +31,7 @@ TOKENIZER = SimpleNamespace(
 
 def mask(sequences, num_masks=2, length=12):
     rng = np.random.default_rng(5)
-    return conversion.mask_residues(sequences, TOKENIZER, length, num_masks, rng)
+    return mask_residues(sequences, TOKENIZER, length, num_masks, rng)
 
 
 def random_sequences(count):
@@ -57,13 +58,13 @@ def test_scores_are_those_computed_by_hand():
     data = Masked(inputs, labels=np.array([[0, 1], [0, 2]]))
     one = lookup_model([[1 / 2, 1 / 4, 1 / 4], [1 / 8, 3 / 4, 1 / 8], [1 / 4, 1 / 4, 1 / 2]])
     two = lookup_model([[1 / 4, 1 / 2, 1 / 4], [1 / 8, 3 / 4, 1 / 8], [1 / 4, 1 / 2, 1 / 4]])
-    found, other = (conversion.score(model, data, batch_size=1) for model in (one, two))
+    found, other = (score(model, data, batch_size=1) for model in (one, two))
     # The truth has probability 1/2 and 3/4 in the first sequence, 1/8 and 1/2 in the second.
     np.testing.assert_allclose(found.accuracy, [1, 1 / 2])
     np.testing.assert_allclose(found.loss, [-math.log(3 / 8) / 2, -math.log(1 / 16) / 2], 1e-6)
     np.testing.assert_allclose(other.accuracy, [1 / 2, 0])
 
-    row = conversion.summary(found)
+    row = summary(found)
     assert row["accuracy"]["mean"] == pytest.approx(3 / 4)
     # Two values d apart have the standard deviation d / sqrt(2), and their mean the error d / 2.
     assert row["accuracy"]["standard_error"] == pytest.approx(1 / 4)
@@ -73,7 +74,7 @@ def test_scores_are_those_computed_by_hand():
     assert row["perplexity"]["standard_error"] == pytest.approx(perplexity * math.log(6) / 4, 1e-6)
 
     # Accuracy differs by 1/2 in both sequences, so the paired difference has no error.
-    paired = conversion.difference(found, other)
+    paired = difference(found, other)
     assert paired["accuracy"] == pytest.approx({"mean": 1 / 2, "standard_error": 0})
     # In each sequence one probability is halved.
     assert paired["loss"]["mean"] == pytest.approx(-math.log(2) / 2, 1e-6)
@@ -139,7 +140,7 @@ def test_every_row_is_the_score_of_its_model():
         ("original", model),
         ("twin 6, converted", performerize(model, sliding_window=6)),
     ):
-        found = conversion.score(expected, heldout, plan.batch_size).loss.mean()
+        found = score(expected, heldout, plan.batch_size).loss.mean()
         assert by_name[name]["loss"]["mean"] == pytest.approx(found, 1e-6)
     assert by_name["original"]["minus_original"]["loss"]["mean"] == 0
     # Every other row is another model, and so is every stage of training.

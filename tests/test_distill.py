@@ -15,7 +15,7 @@ from tolerances import assert_exact, to_numpy
 import keras_performer
 from keras_performer.convert import PerformerRobertaMaskedLM, conversion_report
 from training import distill, loop
-from training.benchmarks import conversion
+from training.converted import Masked, Score
 from training.distill import STAGES, compare, main, targets
 
 CONFIG = CONFIGS / "antibody_distill.toml"
@@ -103,7 +103,7 @@ def test_a_killed_run_goes_on_after_its_calibration(files, finished, tmp_path, m
         patch.setattr(loop, "_begin_epoch", kill)
         main(arguments(files, tmp_path))
     assert (tmp_path / "backup" / "calibrated.weights.h5").is_file()
-    monkeypatch.setattr(conversion, "calibrated", lambda *_: pytest.fail("calibrated again"))
+    monkeypatch.setattr(distill, "calibrated", lambda *_: pytest.fail("calibrated again"))
     metrics = main(arguments(files, tmp_path))
     for found, expected in zip(
         metrics["training"]["history"], finished[0]["training"]["history"], strict=True
@@ -134,9 +134,9 @@ def test_the_loss_is_that_to_the_truth_and_that_to_the_original(weight):
 
 
 def test_stages_are_paired_and_frequencies_scored_by_hand():
-    data = conversion.Masked({}, np.array([[0, 1], [1, 1]]))
-    one = conversion.Score(np.array([0.5, 1.0]), np.array([1.0, 2.0]))
-    two = conversion.Score(np.array([0.0, 0.5]), np.array([1.5, 2.5]))
+    data = Masked({}, np.array([[0, 1], [1, 1]]))
+    one = Score(np.array([0.5, 1.0]), np.array([1.0, 2.0]))
+    two = Score(np.array([0.0, 0.5]), np.array([1.5, 2.5]))
     baseline = np.log([0.25, 0.75])
     result = compare({"original": one, "distilled": two}, baseline, data)
     gain = result["distilled"]["minus_original"]

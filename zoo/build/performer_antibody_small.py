@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from training import distill
+from training.converted import mask_residues
 from training.data.antibodies import load_human_heavy_chains
 from zoo.build import tables
 from zoo.build._preset import ZOO, publish
@@ -114,7 +115,6 @@ def evaluation(name: str, result: dict[str, Any]) -> str:
 def heldout_inputs(output: Path) -> dict[str, np.ndarray]:
     """Return masked held-out domains, on which the effect of rounding is measured."""
     from keras_performer.convert import PerformerRobertaMaskedLM
-    from training.benchmarks.conversion import mask_residues
 
     model = PerformerRobertaMaskedLM.from_preset(str(output / "preset"))
     sequences = [protein.sequence for protein in load_human_heavy_chains()[1][:64]]
