@@ -96,6 +96,13 @@ def test_training_uses_what_the_package_exports(path):
             assert not any(part.startswith("_") for part in name.split(".")), name
 
 
+def test_nothing_imports_the_benchmarks():
+    for path in (*sources(ROOT / "training"), *sources(ROOT / "zoo")):
+        if "benchmarks" not in path.parts:
+            used = [name for name in imported_modules(path) if name.startswith("training.bench")]
+            assert not used, path
+
+
 def test_layers_import_keras_and_numpy_only():
     """No framework but the backend's own, and no keras-hub, which brings in TensorFlow."""
     script = (

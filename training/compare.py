@@ -29,6 +29,7 @@ from training.command import make_parser, start_keras, write_json
 from training.config import load_config
 from training.results import is_finished, peak_bytes
 from training.sections import ATTENTIONS
+from training.timing import VOCABULARY, interleaved, token_model, token_step
 
 # Keras chooses its backend when it is imported, so nothing that imports it stands up here.
 
@@ -277,10 +278,7 @@ def _end_with_parent() -> None:
 
 def step_model(config: Any, backbone_name: str) -> Any:
     """Return a compiled model of the config's shape that predicts its own tokens."""
-    import keras
-
     from keras_performer import models
-    from training.benchmarks.model_speed import VOCABULARY
 
     backbone = getattr(models, backbone_name)(
         vocabulary_size=VOCABULARY,
@@ -288,30 +286,19 @@ def step_model(config: Any, backbone_name: str) -> Any:
         seed=config.seed,
         dtype=config.training.precision,
     )
-    logits = backbone.token_embedding(backbone.output, reverse=True)
-    model = keras.Model(backbone.input, logits)
-    model.compile("adamw", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    return model
-
-
-def step(model: Any, length: int) -> None:
-    """Train a model on one sequence."""
-    from training.benchmarks.model_speed import VOCABULARY
-
-    ids = np.random.default_rng(0).integers(0, VOCABULARY, (1, length)).astype("int32")
-    model.train_on_batch({"token_ids": ids, "padding_mask": np.ones_like(ids)}, ids)
+    return token_model(backbone, "adamw")
 
 
 def step_seconds(
     configs: dict[str, Any], backbone: str, lengths: Sequence[int]
 ) -> dict[str, list[float]]:
     """Return the seconds of a training step at each length, by attention; they take turns."""
-    from training.benchmarks.timing import interleaved
-
     models = {name: step_model(config, backbone) for name, config in configs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for length in lengths:
-        runs = {name: functools.partial(step, model, length) for name, model in models.items()}
+        runs = {
+            name: functools.partial(token_step, model, length) for name, model in models.items()
+        }
         for name, found in interleaved(runs, ROUNDS).items():
             seconds[name].append(found)
     return seconds
@@ -326,11 +313,11 @@ def step_bytes(config: Any, backbone: str, lengths: Sequence[int]) -> list[int] 
     if sys.platform != "linux":
         return None
     model = step_model(config, backbone)
-    step(model, WARM_UP_LENGTH)
+    token_step(model, WARM_UP_LENGTH)
     before = peak_bytes()
     added = []
     for length in lengths:
-        step(model, length)
+        token_step(model, length)
         added.append(peak_bytes() - before)
     return added
 

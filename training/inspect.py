@@ -35,6 +35,7 @@ from training.data.padded_rows import bracket
 from training.data.protein_sample import load_protein_sample
 from training.results import predict_in_batches
 from training.scores import log_probabilities
+from training.timing import interleaved
 
 # Keras chooses its backend when it is imported, so nothing that imports it stands up here.
 
@@ -404,8 +405,6 @@ def measure_cost(backbone: Any, lengths: Sequence[int]) -> dict[str, Any]:
     A model with learned positions is timed up to its longest length.
     """
     import keras
-
-    from training.benchmarks.timing import interleaved
 
     longest = backbone.max_sequence_length or max(lengths)
     lengths = sorted({min(length, longest) for length in lengths})

@@ -22,8 +22,8 @@ from rich.table import Table
 
 from keras_performer.feature_maps import FavorPlus
 from keras_performer.ops import favor_attention
-from training.benchmarks.timing import interleaved, machine_rates, make_workload
 from training.results import machine, peak_bytes
+from training.timing import interleaved
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -138,6 +138,39 @@ def check(causal: bool) -> None:
     np.testing.assert_allclose(exact, softmax, rtol=1e-4, atol=1e-5)
 
 
+class Workload(keras.layers.Layer):
+    """Runs a function on queries, keys and values that are its weights, and returns their sum.
+
+    As a model of its own it is timed through Keras: `predict_on_batch` is a forward pass, and
+    `train_on_batch` a forward and a backward pass to all three, compiled as Keras compiles.
+    """
+
+    def __init__(self, function: Callable[..., Any], shape: tuple[int, ...]):
+        super().__init__()
+        self.function = function
+        self.tensors = [
+            self.add_weight(
+                name=name,
+                shape=shape,
+                initializer=keras.initializers.RandomNormal(stddev=0.4, seed=seed),
+            )
+            for seed, name in enumerate(("query", "key", "value"))
+        ]
+
+    def call(self, x: Any) -> Any:
+        """Scale the sum of the function's outputs by x (1, 1)."""
+        output = self.function(*(keras.ops.convert_to_tensor(tensor) for tensor in self.tensors))
+        return keras.ops.sum(output) * x
+
+
+def make_workload(function: Callable[..., Any], shape: tuple[int, ...]) -> keras.Model:
+    """Return a compiled model of one `Workload`, whose training step changes nothing."""
+    inputs = keras.Input((1,))
+    model = keras.Model(inputs, Workload(function, shape)(inputs))
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    return model
+
+
 def measure(functions: dict[str, Function], length: int, rounds: int) -> dict[str, Any]:
     """Median seconds by part and method."""
     models = {
@@ -178,6 +211,26 @@ def decode(rounds: int, position: int) -> dict[str, float]:
         return ops.convert_to_numpy(ops.dot_product_attention(query, keys, values))
 
     return interleaved({"256 features": step, "softmax": softmax}, 4 * rounds)
+
+
+def machine_rates() -> tuple[float, float]:
+    """Return multiply-adds and exponentials a second, in float32, as this backend does them."""
+    size, count = 1024, 2**22
+    rng = np.random.default_rng(0)
+    matrix = keras.ops.convert_to_tensor(rng.standard_normal((size, size)).astype("float32"))
+    numbers = keras.ops.convert_to_tensor(rng.standard_normal(count).astype("float32"))
+
+    def waited(function: Callable[[], Any]) -> Callable[[], Any]:
+        return lambda: np.asarray(keras.ops.convert_to_numpy(function()))[0]
+
+    seconds = interleaved(
+        {
+            "product": waited(lambda: keras.ops.matmul(matrix, matrix)[:1]),
+            "exponential": waited(lambda: keras.ops.exp(numbers)[:1]),
+        },
+        5,
+    )
+    return size**3 / seconds["product"], count / seconds["exponential"]
 
 
 def roofline(length: int, results: dict[str, Any]) -> dict[str, float]:

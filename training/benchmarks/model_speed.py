@@ -7,19 +7,17 @@ beside attention.
 """
 
 import argparse
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import keras
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from keras_performer.layers import PerformerEncoderBlock
 from keras_performer.models import PerformerEncoderBackbone
-from training.benchmarks.timing import interleaved
-
-VOCABULARY = 30
+from training.timing import VOCABULARY, interleaved, token_model, token_step
 
 
 class ValuesOnly(keras.layers.Layer):
@@ -93,12 +91,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     arguments = parser.parse_args(argv)
     keras.config.set_dtype_policy(arguments.policy)
     length = arguments.length
-    ids = np.random.default_rng(0).integers(0, VOCABULARY, (1, length)).astype("int32")
-    inputs = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
     runs = {}
     for kind in dict.fromkeys(["no attention", *arguments.kinds]):
         model = make_model(kind, arguments.num_layers, arguments.hidden_dim)
-        runs[kind] = lambda model=model: model.train_on_batch(inputs, ids)
+        runs[kind] = functools.partial(token_step, model, length)
     seconds = interleaved(runs, arguments.rounds)
     title = f"Training step, batch 1, T = {length:,}, {keras.config.backend()}, {arguments.policy}"
     table = Table(title=title)
@@ -122,12 +118,7 @@ def make_model(kind: str, num_layers: int, hidden_dim: int) -> keras.Model:
         seed=0,
         **options,
     )
-    logits = backbone.token_embedding(backbone.output, reverse=True)
-    model = keras.Model(backbone.input, logits)
-    model.compile(
-        keras.optimizers.Adam(1e-4), keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    )
-    return model
+    return token_model(backbone, keras.optimizers.Adam(1e-4))
 
 
 if __name__ == "__main__":
