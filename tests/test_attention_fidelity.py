@@ -8,6 +8,8 @@ import pytest
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
+from keras_performer.convert import from_antiberty, performerize
+from training import converted
 from training.benchmarks import attention_fidelity
 from training.benchmarks.attention_fidelity import Data, Plan
 
@@ -119,22 +121,26 @@ def check_files(folder, results):
 def test_a_missing_model_is_explained_and_the_rest_written(
     synthetic, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setenv("KERAS_PERFORMER_CACHE", str(tmp_path / "cache"))
+    def unavailable(name, *_):
+        raise OSError(f"{name} cannot be fetched")
+
+    monkeypatch.setattr(converted, "fetch_python_package", unavailable)
     monkeypatch.setenv("COLUMNS", "400")
     monkeypatch.setattr(attention_fidelity, "measure_synthetic", lambda plan: synthetic)
-    results = attention_fidelity.main(["--quick", "--out", str(tmp_path / "out")])
+    results = attention_fidelity.main(["--quick", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
-    assert "pip download --no-deps" in printed and "window 16 only" in printed
+    assert "antiberty cannot be fetched" in printed and "window 16 only" in printed
     assert "antiberty" not in results
-    check_files(tmp_path / "out", results)
+    check_files(tmp_path, results)
 
 
 def test_layers_of_a_trained_model_are_measured(synthetic, tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     layer = tuple(rng.standard_normal((3, 1, 31, 2, 8)).astype("float32"))
     monkeypatch.setattr(attention_fidelity, "measure_synthetic", lambda plan: synthetic)
-    monkeypatch.setattr(attention_fidelity, "load_antiberty", dict)
-    monkeypatch.setattr(attention_fidelity, "antiberty_layers", lambda *_: [layer])
+    monkeypatch.setattr(attention_fidelity, "load_model", lambda name: None)
+    monkeypatch.setattr(attention_fidelity, "performerize", lambda *_, **options: None)
+    monkeypatch.setattr(attention_fidelity, "model_layers", lambda *_: [layer])
     results = attention_fidelity.main(["--quick", "--out", str(tmp_path)])
     check_files(tmp_path, results)
     (measured,) = results["antiberty"]["proteins"]
@@ -148,9 +154,21 @@ def test_layers_of_a_trained_model_are_measured(synthetic, tmp_path, monkeypatch
 
 def test_a_wheel_with_other_weights_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("KERAS_PERFORMER_CACHE", str(tmp_path))
-    (tmp_path / attention_fidelity.ANTIBERTY).write_bytes(b"not it")
-    with pytest.raises(OSError, match=r"delete it and run `pip download"):
-        attention_fidelity.load_antiberty()
+    (tmp_path / "antiberty-0.1.3.whl").write_bytes(b"not it")
+    with pytest.raises(ValueError, match=r"not the package that was expected.*delete it"):
+        converted.load_model("antiberty")
+
+
+BERT = {
+    "model_type": "bert",
+    "vocab_size": 25,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "intermediate_size": 24,
+    "hidden_act": "gelu",
+    "max_position_embeddings": 9,
+    "type_vocab_size": 2,
+}
 
 
 def layer_norm(x, scale, shift):
@@ -158,13 +176,14 @@ def layer_norm(x, scale, shift):
     return centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + 1e-12) * scale + shift
 
 
-def test_queries_keys_and_values_are_those_of_a_post_norm_bert():
+def test_queries_keys_and_values_are_those_of_a_post_norm_bert(tmp_path):
     torch = pytest.importorskip("torch")
     rng = np.random.default_rng(0)
     width, sequence = 16, "ACDBW"
-    shapes = {f"embeddings.{n}_embeddings": (25, width) for n in ("word", "position", "token_type")}
-    shapes["embeddings.LayerNorm"] = (width,)
-    for layer in ("encoder.layer.0", "encoder.layer.1"):
+    kinds = {"word": 25, "position": 9, "token_type": 2}
+    shapes = {f"bert.embeddings.{n}_embeddings": (kinds[n], width) for n in kinds}
+    shapes["bert.embeddings.LayerNorm"] = (width,)
+    for layer in ("bert.encoder.layer.0", "bert.encoder.layer.1"):
         for part in ("query", "key", "value"):
             shapes[f"{layer}.attention.self.{part}"] = (width, width)
         shapes[f"{layer}.attention.output.dense"] = (width, width)
@@ -172,10 +191,24 @@ def test_queries_keys_and_values_are_those_of_a_post_norm_bert():
         shapes[f"{layer}.intermediate.dense"] = (24, width)
         shapes[f"{layer}.output.dense"] = (width, 24)
         shapes[f"{layer}.output.LayerNorm"] = (width,)
+    shapes["cls.predictions.transform.dense"] = (width, width)
+    shapes["cls.predictions.transform.LayerNorm"] = (width,)
     arrays = {f"{name}.weight": rng.standard_normal(shape) for name, shape in shapes.items()}
-    arrays |= {f"{name}.bias": rng.standard_normal(shape[0]) for name, shape in shapes.items()}
+    arrays |= {
+        f"{name}.bias": rng.standard_normal(shape[0])
+        for name, shape in shapes.items()
+        if not name.endswith("_embeddings")
+    }
+    arrays["cls.predictions.bias"] = np.zeros(25)
+    folder = tmp_path / "antiberty" / "trained_models" / "AntiBERTy_md_smooth"
+    folder.mkdir(parents=True)
+    special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+    (folder.parent / "vocab.txt").write_text("\n".join((*special, *"ACDEFGHIKLMNPQRSTVWY")))
+    (folder / "config.json").write_text(json.dumps({**BERT, "hidden_size": width}))
     weights = {name: torch.tensor(array, dtype=torch.float32) for name, array in arrays.items()}
-    layers = attention_fidelity.antiberty_layers(weights, sequence)
+    torch.save(weights, folder / "pytorch_model.bin")
+    model = performerize(from_antiberty(tmp_path), feature_map=None)
+    layers = attention_fidelity.model_layers(model, sequence + "ACDE")  # of which two fit in
 
     def linear(x, name):
         return x @ arrays[f"{name}.weight"].T + arrays[f"{name}.bias"]
@@ -183,17 +216,19 @@ def test_queries_keys_and_values_are_those_of_a_post_norm_bert():
     def norm(x, name):
         return layer_norm(x, arrays[f"{name}.weight"], arrays[f"{name}.bias"])
 
-    ids = [2, 5, 6, 7, 1, 23, 3]  # B is no residue of the vocabulary
-    x = arrays["embeddings.word_embeddings.weight"][ids]
-    x = x + arrays["embeddings.position_embeddings.weight"][:7]
-    x = norm(x + arrays["embeddings.token_type_embeddings.weight"][0], "embeddings.LayerNorm")
+    ids = [2, 5, 6, 7, 1, 23, 5, 6, 3]  # B is no residue of the vocabulary
+    x = arrays["bert.embeddings.word_embeddings.weight"][ids]
+    x = x + arrays["bert.embeddings.position_embeddings.weight"]
+    x = norm(
+        x + arrays["bert.embeddings.token_type_embeddings.weight"][0], "bert.embeddings.LayerNorm"
+    )
     assert len(layers) == 2
     for number, tensors in enumerate(layers):
-        layer = f"encoder.layer.{number}"
+        layer = f"bert.encoder.layer.{number}"
         q, k, v = (linear(x, f"{layer}.attention.self.{p}") for p in ("query", "key", "value"))
         for actual, expected in zip(tensors, (q, k, v), strict=True):
-            assert actual.shape == (1, 7, 8, 2)
-            np.testing.assert_allclose(actual.reshape(7, width), expected, rtol=1e-4, atol=1e-4)
+            assert actual.shape == (1, 9, 8, 2)
+            np.testing.assert_allclose(actual.reshape(9, width), expected, rtol=1e-4, atol=1e-4)
         heads = []
         for head in np.split(np.arange(width), 8):
             scores = q[:, head] @ k[:, head].T / 2**0.5

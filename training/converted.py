@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from rich.progress import Progress
 
-from training.data.registry import cache_folder
+from training.data.registry import fetch_python_package
 from training.scores import mean_and_error, surprise
 
 if TYPE_CHECKING:
@@ -23,33 +23,36 @@ if TYPE_CHECKING:
 class Source(NamedTuple):
     """A model of antibodies, and where it comes from."""
 
-    wheel: str
-    """Name and version of the Python package."""
+    package: tuple[str, str, str]
+    """Name, version and sha256 of the Python package that carries it."""
     chain: str
     """What it learned, a key of `training.data.antibodies.CHAINS`."""
 
 
+SAPIENS = ("sapiens", "1.0.2", "9e03c81118e362b81053dcb53c8cdceaa53f62d07668cc2f31fcd478536d8722")
+ANTIBERTY = (
+    "antiberty",
+    "0.1.3",
+    "30d910992b190013871bac49cdc032e01a19339f7d2b958ab99b0eb44638352a",
+)
 MODELS = {
-    "sapiens-heavy": Source("sapiens-1.0.2", "heavy"),
-    "sapiens-light": Source("sapiens-1.0.2", "light"),
-    "antiberty": Source("antiberty-0.1.3", "heavy"),
+    "sapiens-heavy": Source(SAPIENS, "heavy"),
+    "sapiens-light": Source(SAPIENS, "light"),
+    "antiberty": Source(ANTIBERTY, "heavy"),
 }
 
 
 def load_model(name: str) -> Any:
-    """Import one of `MODELS`, a task with a preprocessor, from the wheel in the cache folder.
+    """Import one of `MODELS`, a task with a preprocessor, from its wheel.
 
-    **Raises** OSError, with what to do, if the wheel is missing; ImportError without PyTorch.
+    **Raises** OSError or ValueError, with what to do, if the wheel cannot be had; ImportError
+    without PyTorch.
     """
     from keras_performer.convert import from_antiberty, from_sapiens
 
-    wheel, chain = MODELS[name]
-    path = cache_folder() / f"{wheel}-py3-none-any.whl"
-    if not path.is_file():
-        requirement = wheel.replace("-", "==")
-        get = f"pip download --no-deps --dest {path.parent} {requirement}"
-        raise OSError(f"{path} is missing: run `{get}`.")
-    return from_antiberty(path) if name == "antiberty" else from_sapiens(path, chain)
+    package, chain = MODELS[name]
+    wheel = fetch_python_package(*package)
+    return from_antiberty(wheel) if package == ANTIBERTY else from_sapiens(wheel, chain)
 
 
 class Masked(NamedTuple):

@@ -18,10 +18,7 @@ queries have sqrt(H), which is 8 here.
 
 import argparse
 import dataclasses
-import hashlib
-import io
 import json
-import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,10 +30,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from keras_performer.convert import performerize
 from keras_performer.feature_maps import FavorPlus, FavorPlusPlus, FeatureMap, Trigonometric
+from keras_performer.layers import attention_layers
 from keras_performer.ops import favor_attention, softmax_weights
+from training.converted import load_model
+from training.data.padded_rows import bracket, pad_rows
 from training.data.protein_sample import load_protein_sample
-from training.data.registry import cache_folder
 from training.scores import mean_and_error
 
 MAPS: dict[str, Callable[[int, int], FeatureMap]] = {
@@ -68,12 +68,8 @@ OTHER_DATA = 10_000
 PROJECTIONS = 20_000
 CORRELATION = 0.95
 
-ANTIBERTY = "antiberty-0.1.3-py3-none-any.whl"
-ANTIBERTY_SHA256 = "30d910992b190013871bac49cdc032e01a19339f7d2b958ab99b0eb44638352a"
-ANTIBERTY_WEIGHTS = "antiberty/trained_models/AntiBERTy_md_smooth/pytorch_model.bin"
-ANTIBERTY_LENGTH = 512
-ANTIBERTY_HEADS = 8
-VOCABULARY = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"ACDEFGHIKLMNPQRSTVWY")
+# Of the proteins that AntiBERTy reads: it is cut to 512 tokens.
+PROTEIN_LENGTH = 512
 # Variable domains: the examples of the documentation of AntiBERTy, and of Sapiens.
 ANTIBODIES = (
     "EVQLVQSGPEVKKPGTSVKVSCKASGFTFMSSAVQWVRQARGQRLEWIGWIVIGSGNTNYAQKFQERVTITRDMSTSTAYMELSSLRSEDTAVYYC"
@@ -175,9 +171,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         console.print(synthetic_table(results["synthetic"], measure, plan.table_features))
     if arguments.model == "antiberty":
         try:
-            results["antiberty"] = measure_antiberty(plan)
-        except OSError as error:
+            model = load_model("antiberty")
+        except (ImportError, OSError, ValueError) as error:
             console.print(f"[yellow]No trained model was measured.[/] {error}")
+        else:
+            results["antiberty"] = measure_antiberty(model, plan)
         for name, layers in results.get("antiberty", {}).items():
             console.print(model_table(name, layers, "output", plan.table_features))
     (arguments.out / "metrics.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
@@ -323,19 +321,17 @@ def summary(samples: Sequence[dict[str, dict[str, float]]]) -> dict[str, Any]:
     return results
 
 
-def measure_antiberty(plan: Plan) -> dict[str, Any]:
+def measure_antiberty(model: Any, plan: Plan) -> dict[str, Any]:
     """Return, for proteins and for antibodies, the norms and the errors by method of each layer.
 
     Queries, keys and values of a layer are those of the exact model, so errors do not add up over
     layers. Proteins are foreign to this model, which learned antibodies, but long enough that most
     keys are far.
-
-    Raises:
-        OSError: The weights cannot be had.
     """
-    weights = load_antiberty()
+    # Softmax attention still, in layers that tell their projections.
+    exact = performerize(model, feature_map=None)
     train, heldout = (
-        [p.sequence for p in proteins if len(p.sequence) >= ANTIBERTY_LENGTH][: plan.num_proteins]
+        [p.sequence for p in proteins if len(p.sequence) >= PROTEIN_LENGTH][: plan.num_proteins]
         for proteins in load_protein_sample()
     )
     results = {}
@@ -343,8 +339,8 @@ def measure_antiberty(plan: Plan) -> dict[str, Any]:
         ("proteins", heldout, train, max(WINDOWS)),
         ("antibodies", ANTIBODIES, OTHER_ANTIBODIES, min(WINDOWS)),
     ):
-        runs = [antiberty_layers(weights, sequence) for sequence in sequences]
-        other_runs = [antiberty_layers(weights, sequence) for sequence in others]
+        runs = [model_layers(exact, sequence) for sequence in sequences]
+        other_runs = [model_layers(exact, sequence) for sequence in others]
         layers = list(zip(zip(*runs, strict=True), zip(*other_runs, strict=True), strict=True))
         results[name] = [
             _measure_layer(*layer, window, plan) for layer in track(layers, f"AntiBERTy on {name}")
@@ -371,73 +367,26 @@ def _measure_layer(
     return {"query_norm": query_norm, "key_norm": key_norm, "errors": summary(samples)}
 
 
-def load_antiberty() -> dict[str, Any]:
-    """Read the weights of AntiBERTy (Ruffolo et al. 2021, arXiv 2112.07782) from its wheel.
+def model_layers(model: Any, sequence: str) -> list[tuple[np.ndarray, ...]]:
+    """Run a converted BERT, whose blocks normalise last, on residues, cut to what it reads.
 
     Returns:
-        PyTorch tensors by name, without the "bert." that names start with.
-
-    Raises:
-        OSError: The wheel or PyTorch is missing, or the wheel is another one. The message says
-            what to do.
+        Query, key and value of each layer, (1, T, N, H), float32.
     """
-    path = cache_folder() / ANTIBERTY
-    get = f"pip download --no-deps --dest {path.parent} antiberty==0.1.3"
-    if not path.is_file():
-        raise OSError(f"The weights of AntiBERTy are missing: run `{get}`.")
-    content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() != ANTIBERTY_SHA256:
-        raise OSError(f"{path} is not the wheel that was expected: delete it and run `{get}`.")
-    try:
-        import torch
-    except ImportError as error:
-        raise OSError("Reading the weights of AntiBERTy needs PyTorch: install torch.") from error
-    with zipfile.ZipFile(io.BytesIO(content)) as wheel:
-        file = io.BytesIO(wheel.read(ANTIBERTY_WEIGHTS))
-    tensors = torch.load(file, map_location="cpu", weights_only=True)
-    return {name.removeprefix("bert."): tensor for name, tensor in tensors.items()}
-
-
-def antiberty_layers(weights: dict[str, Any], sequence: str) -> list[tuple[np.ndarray, ...]]:
-    """Run AntiBERTy, a post-norm BERT, on a sequence of residues, cut to 510.
-
-    Returns:
-        Query, key and value of each layer, (1, T, 8, 64), float32.
-    """
-    import torch
-    from torch.nn import functional
-
-    def linear(x: Any, name: str) -> Any:
-        return functional.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
-
-    def norm(x: Any, name: str) -> Any:
-        scale, shift = weights[f"{name}.weight"], weights[f"{name}.bias"]
-        return functional.layer_norm(x, scale.shape, scale, shift, eps=1e-12)
-
-    unknown = VOCABULARY.index("[UNK]")
-    residues = {token: index for index, token in enumerate(VOCABULARY)}
-    inner = [residues.get(residue, unknown) for residue in sequence[: ANTIBERTY_LENGTH - 2]]
-    ids = torch.tensor([[residues["[CLS]"], *inner, residues["[SEP]"]]])
-    layers = []
-    with torch.no_grad():
-        x = weights["embeddings.word_embeddings.weight"][ids]
-        x = x + weights["embeddings.position_embeddings.weight"][: ids.shape[1]]
-        x = norm(x + weights["embeddings.token_type_embeddings.weight"][0], "embeddings.LayerNorm")
-        layer = "encoder.layer.0"
-        while f"{layer}.output.dense.weight" in weights:
-            q, k, v = (
-                linear(x, f"{layer}.attention.self.{part}").unflatten(-1, (ANTIBERTY_HEADS, -1))
-                for part in ("query", "key", "value")
-            )
-            layers.append((q.numpy(), k.numpy(), v.numpy()))
-            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-            attended = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-            attended = linear(attended, f"{layer}.attention.output.dense")
-            x = norm(x + attended, f"{layer}.attention.output.LayerNorm")
-            hidden = functional.gelu(linear(x, f"{layer}.intermediate.dense"))
-            x = norm(x + linear(hidden, f"{layer}.output.dense"), f"{layer}.output.LayerNorm")
-            layer = f"encoder.layer.{len(layers)}"
-    return layers
+    backbone = model.backbone
+    blocks = [backbone.get_layer(f"transformer_layer_{i}") for i in range(backbone.num_layers)]
+    before = keras.Model(backbone.input, [block.input[0] for block in blocks])
+    tokenizer, longest = model.preprocessor.tokenizer, backbone.max_sequence_length
+    row = bracket(np.array(tokenizer(" ".join(sequence[: longest - 2]))), tokenizer)
+    return [
+        tuple(
+            keras.ops.convert_to_numpy(dense(x))
+            for dense in (layer.query_dense, layer.key_dense, layer.value_dense)
+        )
+        for x, layer in zip(
+            before(pad_rows([row], len(row), 0)), attention_layers(backbone), strict=True
+        )
+    ]
 
 
 def synthetic_table(results: dict[str, Any], measure: str, count: int) -> Table:

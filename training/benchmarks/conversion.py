@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         results["models"][name] = {"plan": dataclasses.asdict(plan), "rows": rows}
         try:
             model, heldout, train = prepare(name, plan)
-        except OSError as error:
+        except (ImportError, OSError, ValueError) as error:
             parser.error(str(error))
 
         def add(row: dict[str, Any], rows: list[dict[str, Any]] = rows) -> None:
@@ -136,7 +136,9 @@ def prepare(name: str, plan: Plan) -> tuple[Any, Masked, Masked]:
     """Load a model, and mask the antibodies it is scored on and those it is trained on.
 
     Raises:
-        OSError: The model or the antibodies are missing. The message says what to do.
+        OSError or ValueError: The model or the antibodies cannot be had. The message says what to
+            do.
+        ImportError: There is no PyTorch, which reads the model.
     """
     model = load_model(name)
     tokenizer = model.preprocessor.tokenizer
