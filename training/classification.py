@@ -73,6 +73,7 @@ from training.sections import (
     ModelConfig,
     TrainingConfig,
     require,
+    require_batch,
     require_buckets,
 )
 
@@ -246,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     # 4. Save the preset, and compare what was saved.
     x = read(np.arange(min(4, len(test.labels))), None)
-    largest = save_preset(model, trainer, x, config.training.precision, output, console)
+    _, largest = save_preset(model, x, config.training.precision, output, console)
     metrics["reload_max_abs_difference"] = largest
     write_json(output / "preset" / "classes.json", corpus.classes)
 
@@ -282,11 +283,7 @@ def read_corpus(config: Config, file: Path | None) -> Corpus:
     else:
         corpus = _labelled(read_splits(data, file), data.kind, source)
     count = len(corpus.parts["train"].labels)
-    if count < config.training.batch_size:
-        raise ValueError(
-            f"{source}: {count} examples are left to train on, fewer than one batch of "
-            f"{config.training.batch_size}. Lower training.batch_size, or pass more."
-        )
+    require_batch(source, count, "examples", config.training.batch_size)
     return corpus
 
 

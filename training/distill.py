@@ -46,7 +46,7 @@ from training.data.examples import texts_sha256
 from training.data.protein_sources import load_proteins
 from training.results import finish, run_facts, run_table, save_preset
 from training.scores import log_frequencies, log_probabilities
-from training.sections import Experiment, TrainingConfig, require
+from training.sections import Experiment, TrainingConfig, require, require_batch
 
 # Keras chooses its backend when it is imported, so nothing that imports it stands up here.
 
@@ -215,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     # 4. Save the preset, and compare what was saved.
     x = masked["heldout"].head(4).inputs
-    largest = save_preset(student, trainer, x, config.training.precision, output, console)
+    _, largest = save_preset(student, x, config.training.precision, output, console)
     metrics["reload_max_abs_difference"] = largest
 
     counts = {"train_sequences": len(train)}
@@ -285,12 +285,13 @@ def read_sequences(
         return [sequences[i] for i in order[: config.data.heldout_sequences]]
 
     inside = fitting(train)
-    if len(inside) < config.training.batch_size:
-        raise ValueError(
-            f"{source}: {len(inside)} sequences are left to train on, fewer than one batch of "
-            f"{config.training.batch_size}. A sequence must have {config.data.num_masks} to "
-            f"{longest} letters that the model knows."
-        )
+    require_batch(
+        source,
+        len(inside),
+        "sequences",
+        config.training.batch_size,
+        f"A sequence must have {config.data.num_masks} to {longest} letters that the model knows.",
+    )
     parts = {"heldout": drawn(fitting(heldout))}
     if config.data.evaluation:
         known = set(inside)

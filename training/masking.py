@@ -35,17 +35,37 @@ def require_mask_rates(data: Any) -> None:
     )
 
 
-def make_preprocessor(tokenizer: Any, data: Any) -> "PerformerMaskedLMPreprocessor":
-    """Return the preprocessor of a section `[data]`, which `mask_sequences` reads too."""
-    from keras_performer.models import PerformerMaskedLMPreprocessor
+def make_model(
+    config: Any, tokenizer: Any, *, takes_strings: bool = True
+) -> "tuple[PerformerMaskedLM, PerformerMaskedLMPreprocessor]":
+    """Return an untrained model, and the preprocessor that `mask_sequences` reads too.
 
-    return PerformerMaskedLMPreprocessor(
+    **Args**
+        config: An `Experiment` with the sections `data`, `model` and `training`.
+        tokenizer: What makes token ids.
+        takes_strings: Whether the model has the preprocessor; without it examples are tokens.
+    """
+    from keras_performer.models import (
+        PerformerEncoderBackbone,
+        PerformerMaskedLM,
+        PerformerMaskedLMPreprocessor,
+    )
+
+    data = config.data
+    backbone = PerformerEncoderBackbone(
+        vocabulary_size=tokenizer.vocabulary_size(),
+        **config.model.arguments(),
+        seed=config.seed,
+        dtype=config.training.precision,
+    )
+    preprocessor = PerformerMaskedLMPreprocessor(
         tokenizer,
         sequence_length=data.sequence_length,
         mask_selection_rate=data.mask_rate,
         mask_token_rate=data.mask_token_rate,
         random_token_rate=data.random_token_rate,
     )
+    return PerformerMaskedLM(backbone, preprocessor if takes_strings else None), preprocessor
 
 
 def train(

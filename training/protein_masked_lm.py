@@ -26,25 +26,20 @@ from training.data.protein_sources import SOURCES, load_proteins
 from training.masking import (
     compare,
     comparison_table,
-    make_preprocessor,
+    make_model,
     require_mask_rates,
     slice_batch,
     train,
     unigram_log_probabilities,
 )
-from training.results import (
-    difference,
-    finish,
-    logits_of,
-    run_facts,
-    run_table,
-)
+from training.results import difference, finish, logits_of, run_facts, run_table, save_preset
 from training.scores import log_probabilities
 from training.sections import (
     Experiment,
     ModelConfig,
     TrainingConfig,
     require,
+    require_batch,
     require_buckets,
 )
 
@@ -156,21 +151,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     console.print(comparison_table(metrics["heldout"], title, "proteins"))
 
     # 5. Save the preset, and use what was saved from here on.
-    from keras_performer.models import PerformerMaskedLM
-
-    preset = output / "preset"
-    model.save_to_preset(str(preset))
-    reloaded = PerformerMaskedLM.from_preset(str(preset), dtype=config.training.precision)
     x, y, weights = slice_batch(heldout_batch, 0, 4)
+    reloaded, largest = save_preset(model, x, config.training.precision, output, console)
+    metrics["reload_max_abs_difference"] = largest
     logits = logits_of(reloaded, x)
-    largest = metrics["reload_max_abs_difference"] = difference(logits_of(model, x), logits)
-    console.print(f"Preset: {preset}; loaded back, its logits differ by at most {largest:.1e}.")
     places = x["mask_positions"][0][weights[0] > 0]
     console.print(prediction_table(heldout[0], preprocessor.tokenizer, places, y[0], logits[0]))
 
     # 6. Export in float32, and run each exported file.
     if config.training.precision != "float32":
-        reloaded = PerformerMaskedLM.from_preset(str(preset), dtype="float32")
+        reloaded = type(model).from_preset(str(output / "preset"), dtype="float32")
         logits = logits_of(reloaded, x)
     metrics["export_max_abs_difference"] = export_all(reloaded, output, x, logits, console)
 
@@ -194,11 +184,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def read_proteins(fasta: Path | None, config: Config) -> tuple[list[Protein], list[Protein], str]:
     """Return the training proteins, the held-out ones, and a phrase that names the source."""
     proteins, heldout, source = load_proteins(config.data.source, config.data.heldout_share, fasta)
-    if len(proteins) < config.training.batch_size:
-        raise ValueError(
-            f"{source}: {len(proteins)} protein(s) are left to train on, fewer than one batch of "
-            f"{config.training.batch_size}. Lower training.batch_size, or pass more proteins."
-        )
+    require_batch(source, len(proteins), "protein(s)", config.training.batch_size)
     return proteins, heldout, source
 
 
@@ -232,21 +218,9 @@ def build_model(
 ) -> "tuple[PerformerMaskedLM, PerformerMaskedLMPreprocessor]":
     """Choose the backend, seed it, and return the untrained model and its preprocessor."""
     start_keras(backend, config.seed)
-    from keras_performer.models import (
-        PerformerEncoderBackbone,
-        PerformerMaskedLM,
-        ProteinTokenizer,
-    )
+    from keras_performer.models import ProteinTokenizer
 
-    tokenizer = ProteinTokenizer()
-    backbone = PerformerEncoderBackbone(
-        vocabulary_size=tokenizer.vocabulary_size(),
-        **config.model.arguments(),
-        seed=config.seed,
-        dtype=config.training.precision,
-    )
-    preprocessor = make_preprocessor(tokenizer, config.data)
-    return PerformerMaskedLM(backbone, preprocessor=preprocessor), preprocessor
+    return make_model(config, ProteinTokenizer())
 
 
 def describe(

@@ -58,6 +58,7 @@ from training.sections import (
     ModelConfig,
     TrainingConfig,
     require,
+    require_batch,
     require_buckets,
 )
 
@@ -176,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     # 4. Save the preset, and compare what was saved.
     windows = parts["test"].windows(room_of(config))[:4]
     x, _, _ = make_batch(parts["test"], windows, tokenizer_of(model), config)
-    largest = save_preset(model, trainer, x, config.training.precision, output, console)
+    _, largest = save_preset(model, x, config.training.precision, output, console)
     metrics["reload_max_abs_difference"] = largest
     write_json(output / "preset" / "classes.json", list(STATES[config.data.states]))
 
@@ -234,11 +235,7 @@ def read_chains(examples: Sequence[Any], num_states: int, source: str) -> Chains
 def check_enough(parts: dict[str, Chains], config: Config, source: str) -> None:
     """Raise ValueError unless there is a batch to train on, and something to score."""
     count = len(parts["train"].sequences)
-    if count < config.training.batch_size:
-        raise ValueError(
-            f"{source}: {count} proteins are left to train on, fewer than one batch of "
-            f"{config.training.batch_size}. Lower training.batch_size, or pass more."
-        )
+    require_batch(source, count, "proteins", config.training.batch_size)
     for split, chains in parts.items():
         if not any((states >= 0).any() for states in chains.states):
             raise ValueError(f"{source}: no residue of the {split} split has a known label.")

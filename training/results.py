@@ -94,30 +94,26 @@ def difference(expected: np.ndarray, received: np.ndarray) -> float:
 
 
 def save_preset(
-    model: Any, trainer: Any, x: Any, precision: str, output: Path, console: Console
-) -> float:
-    """Save a task as `preset` in a folder, load it back, and return how far its logits are off.
+    model: Any, x: Any, precision: str, output: Path, console: Console
+) -> tuple[Any, float]:
+    """Save a task as `preset` in a folder, load it back, and compare the two.
 
     **Args**
         model: The task that was trained.
-        trainer: The plain Keras model of its layers, which takes token ids where it takes strings.
         x: Token ids and masks of a batch.
         precision: Dtype policy to load it with.
         output: The folder.
         console: Where messages go.
 
-    **Returns** The largest absolute difference, which `finish` refuses if it is too large.
+    **Returns** The task that was loaded, and the largest absolute difference of their logits, which
+    `finish` refuses if it is too large.
     """
-    import keras
-
     preset = output / "preset"
     model.save_to_preset(str(preset))
     task = type(model).from_preset(str(preset), dtype=precision)
-    reloaded = keras.Model(task.input, task.output)
-    logits = (np.asarray(m.predict_on_batch(x), "float32") for m in (trainer, reloaded))
-    largest = difference(*logits)
+    largest = difference(logits_of(model, x), logits_of(task, x))
     console.print(f"Preset: {preset}; loaded back, its logits differ by at most {largest:.1e}.")
-    return largest
+    return task, largest
 
 
 def run_facts(config: Any, source: str, seconds: float, **counts: int) -> dict[str, Any]:

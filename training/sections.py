@@ -13,6 +13,21 @@ def require(condition: bool, key: str, what: str) -> None:
         raise ValueError(f"{key!r} must be {what}.")
 
 
+def require_batch(
+    source: str,
+    count: int,
+    examples: str,
+    batch_size: int,
+    advice: str = "Lower training.batch_size, or pass more.",
+) -> None:
+    """Raise ValueError, with the advice, unless the training examples of a source fill a batch."""
+    if count < batch_size:
+        raise ValueError(
+            f"{source}: {count} {examples} are left to train on, fewer than one batch of "
+            f"{batch_size}. {advice}"
+        )
+
+
 def require_buckets(data: Any) -> None:
     """Raise ValueError unless a section `[data]` says how lengths become batches.
 

@@ -30,7 +30,7 @@ from training.config import load_config
 from training.masking import (
     compare,
     comparison_table,
-    make_preprocessor,
+    make_model,
     require_mask_rates,
     slice_batch,
     train,
@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     # 5. Save the preset, and compare what was saved.
     x, _, _ = slice_batch(test_batch, 0, 4)
-    largest = save_preset(model, trainer, x, config.training.precision, output, console)
+    _, largest = save_preset(model, x, config.training.precision, output, console)
     metrics["reload_max_abs_difference"] = largest
 
     counts = {f"{split}_examples": len(part) for split, part in rows.items()}
@@ -163,23 +163,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def build_model(
     config: Config, corpus: Corpus, backend: str | None
 ) -> "tuple[PerformerMaskedLM, PerformerMaskedLMPreprocessor]":
-    """Choose the backend, seed it, and return the untrained model and what its batches follow.
-
-    The model has the preprocessor too, unless examples are tokens.
-    """
+    """Choose the backend, seed it, and return the untrained model and its preprocessor."""
     start_keras(backend, config.seed)
-    from keras_performer.models import PerformerEncoderBackbone, PerformerMaskedLM
-
-    tokenizer = make_tokenizer(corpus.kind)
-    encoder = PerformerEncoderBackbone(
-        vocabulary_size=tokenizer.vocabulary_size(),
-        **config.model.arguments(),
-        seed=config.seed,
-        dtype=config.training.precision,
-    )
-    preprocessor = make_preprocessor(tokenizer, config.data)
-    model = PerformerMaskedLM(encoder, preprocessor if corpus.takes_strings else None)
-    return model, preprocessor
+    return make_model(config, make_tokenizer(corpus.kind), takes_strings=corpus.takes_strings)
 
 
 def describe(config: Config, corpus: Corpus, model: "PerformerMaskedLM", output: Path) -> Table:
