@@ -9,7 +9,7 @@ import zipfile
 import pytest
 from test_protein_packages import stand_in, write_blast_database
 
-from training.data import enzyme_class, localisation, peptides, secondary_structure
+from training.data import enzyme_class, localisation, peptides, registry, secondary_structure
 from training.data.clusters import cluster_proteins, read_clusters
 from training.data.examples import SPLITS, Example, split_of
 from training.data.fasta import Protein
@@ -212,7 +212,7 @@ def test_enzyme_classes_are_split_by_cluster(cache, tmp_path, monkeypatch):
     files = [(f"x/MFO/goasp.fasta.{ending}", content) for ending, content in parts]
     files.append(("x/fullTransitiveClosureGO.txt", b"GO:0016740\tOBO_REL:is_a\tGO:0003824\t1\n"))
     monkeypatch.setattr(enzyme_class, "fetch_debian_package", lambda *a: None)
-    monkeypatch.setattr(enzyme_class, "package_files", lambda package, *patterns: iter(files))
+    monkeypatch.setattr(registry, "package_files", lambda package, *patterns: iter(files))
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     script = "/bin/grep '>' all.fasta | /usr/bin/tr -d '>' | while read n; do "
     script += "printf 'one\\t%s\\n' $n >> clusters_cluster.tsv; done"

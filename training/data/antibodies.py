@@ -20,7 +20,12 @@ from pathlib import Path
 
 from training.data.fasta import Protein
 from training.data.r_data import read_r_database
-from training.data.registry import fetch_debian_package, fetch_python_package, package_files
+from training.data.registry import (
+    fetch_debian_package,
+    fetch_python_package,
+    files_by_name,
+    package_files,
+)
 
 PACKAGE = (
     "abnativ",
@@ -119,7 +124,7 @@ def load_human_heavy_chains() -> tuple[list[Protein], list[Protein]]:
 
 def read_human_package(package: Path) -> tuple[list[Protein], list[Protein]]:
     """Return what the Debian package holds; see `load_human_heavy_chains`."""
-    files = {Path(name).name: content for name, content in package_files(package, "*/data/Rdata.*")}
+    files = files_by_name(package, "*/data/Rdata.*")
     table = read_r_database(files["Rdata.rdx"], files["Rdata.rdb"])["AIRRDb"]
     columns = (table[name] for name in ("sequence_id", "sequence_alignment", "junction"))
     return split_rearrangements(zip(*columns, strict=True))

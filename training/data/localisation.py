@@ -7,13 +7,13 @@ distribution of the PyPI package p-scldata holds it.
 import csv
 import io
 import json
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from training.data.examples import Example, Splits
 from training.data.fasta import Protein
 from training.data.folds import NUM_FOLDS, check_fold
 from training.data.protein_sample import LOCALISATIONS
-from training.data.registry import fetch_python_package, package_files
+from training.data.registry import fetch_python_package, files_by_name
 
 PACKAGE = (
     "p-scldata",
@@ -71,15 +71,12 @@ def localisation_heldout() -> list[Protein]:
 
 def read_package(package: Path, fold: int | None = None) -> Splits:
     """Return the splits that the source distribution holds; see `load_localisation`."""
-    files = {
-        PurePosixPath(name).name: content.decode("utf-8")
-        for name, content in package_files(package, "*/scldata/data/*")
-    }
+    files = files_by_name(package, "*/scldata/data/*")
     codes = {name: code for code, name in LOCALISATIONS.items()}
     names = json.loads(files["labels.json"])["index_to_label"]
     rows = [
         Example(row["entry"], row["seq"], codes[names[row["scl"]]])
-        for row in csv.DictReader(io.StringIO(files["scl2205.csv"]))
+        for row in csv.DictReader(io.StringIO(files["scl2205.csv"].decode("utf-8")))
     ]
     places = json.loads(files["splits.json"])
     if fold is not None:

@@ -6,9 +6,8 @@ Antimicrobial ones are those of the database APD3, the others random entries of 
 
 import csv
 
-from training.data.clusters import cluster_proteins, require_mmseqs
-from training.data.examples import Example, Splits, cached_splits, split_by_key
-from training.data.fasta import Protein
+from training.data.clusters import require_mmseqs, split_by_cluster
+from training.data.examples import Example, Splits, cached_splits
 from training.data.registry import fetch_python_package, package_files
 
 PACKAGE = (
@@ -45,9 +44,7 @@ def load_peptides() -> Splits:
         package = fetch_python_package(*PACKAGE)
         ((_, content),) = package_files(package, "modlamp/data/AMPvsUniProt.csv")
         peptides = read_peptides(content.decode("ascii"))
-        proteins = (Protein(peptide.name, "", peptide.text) for peptide in peptides)
-        clusters = cluster_proteins(proteins, IDENTITY_PERCENT, thorough=True)
-        return split_by_key((clusters[peptide.name], peptide) for peptide in peptides)
+        return split_by_cluster(peptides, IDENTITY_PERCENT)
 
     return cached_splits(f"peptides_{PACKAGE[1]}_{IDENTITY_PERCENT}", prepare)
 

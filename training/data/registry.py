@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 
 def cache_folder() -> Path:
@@ -189,6 +189,20 @@ def package_files(package: Path, *patterns: str) -> Iterator[tuple[str, bytes]]:
     else:
         with tarfile.open(package, mode="r|gz") as archive:
             yield from _members(archive, patterns)
+
+
+def files_by_name(package: Path, *patterns: str) -> dict[str, bytes]:
+    """Return the content of the files of a package by their names, without the folders.
+
+    **Args** and **Raises** as `package_files`; no two of the files may have one name.
+
+    **Example**
+
+    >>> files_by_name(Path("data.deb"), "*.fasta")  # doctest: +SKIP
+    """
+    return {
+        PurePosixPath(name).name: content for name, content in package_files(package, *patterns)
+    }
 
 
 def _wanted(name: str, patterns: Sequence[str]) -> bool:

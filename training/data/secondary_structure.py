@@ -3,9 +3,8 @@
 The chains are those that Debian's promod3-data (Apache-2.0) carries: 21,105 different sequences.
 """
 
-from training.data.clusters import cluster_proteins, require_mmseqs
-from training.data.examples import Splits, cached_splits, split_by_key
-from training.data.fasta import Protein
+from training.data.clusters import require_mmseqs, split_by_cluster
+from training.data.examples import Splits, cached_splits
 from training.data.registry import fetch_debian_package, package_files
 from training.data.structure_database import read_structure_database
 
@@ -61,8 +60,6 @@ def load_secondary_structure() -> Splits:
         ).values()
         chains = sorted(read_structure_database(content), key=lambda chain: chain.name)
         distinct = list({chain.text: chain for chain in reversed(chains)}.values())[::-1]
-        proteins = (Protein(chain.name, "", chain.text) for chain in distinct)
-        clusters = cluster_proteins(proteins, IDENTITY_PERCENT, thorough=True)
-        return split_by_key((clusters[chain.name], chain) for chain in distinct)
+        return split_by_cluster(distinct, IDENTITY_PERCENT)
 
     return cached_splits(f"secondary_structure_{PACKAGE[1]}_{IDENTITY_PERCENT}", prepare)

