@@ -239,7 +239,7 @@ def measure_sequences(
     """
     errors: dict[str, list[dict[str, float]]] = {}
     for query, key, value in sequences:
-        exact = to_numpy(softmax_weights(query, key))[0].astype("float64")
+        exact = keras.ops.convert_to_numpy(softmax_weights(query, key))[0].astype("float64")
         for name, window in methods:
             feature_map = fitted(name, count, seed, other)
             found = compare(attention_rows(query, key, feature_map, window), exact, value)
@@ -270,7 +270,7 @@ def attention_rows(
     num_keys, num_heads = key.shape[1:3]
     unit = np.eye(num_keys, dtype="float32")[None, :, None].repeat(num_heads, axis=2)
     output = favor_attention(query, key, unit, feature_map, exact_window=window)
-    return to_numpy(output)[0].transpose(1, 0, 2)
+    return keras.ops.convert_to_numpy(output)[0].transpose(1, 0, 2)
 
 
 def floors(exact: np.ndarray, windows: Iterable[int]) -> dict[str, np.ndarray]:
@@ -301,10 +301,11 @@ def compare(weights: np.ndarray, exact: np.ndarray, value: np.ndarray) -> dict[s
 def kernel_error(query: np.ndarray, key: np.ndarray, feature_map: FeatureMap) -> float:
     """Compare phi(q).phi(k) with exp(q.k / sqrt(H)), relative to it."""
     q, k = (x.transpose(0, 2, 1, 3) for x in (query, key))
-    phi_q, phi_k = (
-        to_numpy(feature_map(keras.ops.convert_to_tensor(x), is_query=is_query)).astype("float64")
+    features = (
+        feature_map(keras.ops.convert_to_tensor(x), is_query=is_query)
         for x, is_query in ((q, True), (k, False))
     )
+    phi_q, phi_k = (keras.ops.convert_to_numpy(phi).astype("float64") for phi in features)
     log_kernel = q.astype("float64") @ k.swapaxes(-1, -2) * q.shape[-1] ** -0.5
     ratio = phi_q @ phi_k.swapaxes(-1, -2) / np.exp(log_kernel)
     return float(np.sqrt(np.mean((ratio - 1) ** 2)))
@@ -494,11 +495,6 @@ def method_name(name: str, window: int | None) -> str:
 def window_only(window: int) -> str:
     """How softmax attention among the keys of an exact window is called in results."""
     return f"window {window} only"
-
-
-def to_numpy(x: Any) -> np.ndarray:
-    """Convert a tensor of the backend."""
-    return keras.ops.convert_to_numpy(x)
 
 
 if __name__ == "__main__":

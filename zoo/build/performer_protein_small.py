@@ -1,6 +1,6 @@
 """Build `performer_protein_small`, which fills in residues, and its softmax twin.
 
-With PyTorch each of the two takes about 90 minutes of one x86 core; `--without-twin`
+With PyTorch each of the two takes two hours of one x86 core and some minutes; `--without-twin`
 publishes while the twin is unfinished.
 """
 

@@ -55,7 +55,7 @@ def make_record(model: dict[str, Any], twin: dict[str, Any] | None, phrase: str)
             "It reads one sequence, no alignment: methods with evolutionary profiles or large "
             "language models are right at 80 % of the residues and more.",
             "Residues that a crystal does not show are missing from the chains it saw.",
-            "It saw windows of at most 510 residues.",
+            f"It saw windows of at most {room} residues.",
         ],
         intended_use="A quick look at a protein, an encoder to fine-tune, and an example. The "
         "states are in `classes.json`, in the order of the outputs.",
