@@ -681,24 +681,66 @@ def test_a_user_kernel_works_end_to_end():
     assert_close(output[:, :9], expected)
 
 
-@pytest.mark.skipif(
-    keras.config.backend() != "torch", reason="a gradient can be asked for its gradient there"
+needs_torch = pytest.mark.skipif(
+    keras.config.backend() != "torch", reason="it concerns PyTorch's autograd"
 )
-@pytest.mark.parametrize("length", [5, 200])
-def test_second_derivatives_are_refused_where_they_would_be_wrong(length):
+
+
+@needs_torch
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("length", [5, 1100])
+def test_a_gradient_has_a_gradient(length, causal):
     import torch
 
-    x = torch.randn(1, length, 2, 4, requires_grad=True)
+    torch.manual_seed(1)
+    x = torch.randn(1, length, 1, 4, requires_grad=True)
+    direction = torch.randn(1, length, 1, 4)
     fm = FavorPlus(6, seed=1)
-    (gradient,) = torch.autograd.grad(
-        favor_attention(x, x, x, fm, causal=True).square().sum(), x, create_graph=True
-    )
-    if length == 5:  # one step, which is not recomputed
-        (second,) = torch.autograd.grad(gradient.square().sum(), x)
-        assert second.abs().min() > 0
-    else:
-        with pytest.raises(RuntimeError, match="differentiate twice"):
-            gradient.square().sum().backward()
+
+    def second(implementation):
+        y = favor_attention(x, x, x, fm, causal=causal, implementation=implementation)
+        (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        return torch.autograd.grad((first * direction).sum(), x)[0]
+
+    assert_gradients_close([second("auto")], [second("reference")])
+
+
+@needs_torch
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_autocast_does_not_reach_the_sums(dtype, window):
+    import torch
+
+    x = 0.05 * torch.randn(1, 4000, 1, 8)
+    value = 20 + torch.randn(1, 4000, 1, 8)
+    fm = FavorPlus(8, seed=0)
+    expected = favor_attention(x, x, value, fm, exact_window=window)
+    with torch.autocast("cpu", dtype=getattr(torch, dtype)):
+        output = favor_attention(x, x, value, fm, exact_window=window)
+        banded = softmax_attention(x, x, value, sliding_window=4)
+    assert_close(output, expected)
+    assert_close(banded, softmax_attention(x, x, value, sliding_window=4))
+
+
+def test_sinks_in_a_state_are_not_forgotten():
+    query, key, value = make_qkv(7)
+    fm = feature_map()
+    options = {"causal": True, "exact_window": 2}
+    _, state = attend(query, key, value, fm, num_sink_tokens=1, return_state=True, **options)
+    with pytest.raises(ValueError, match="comes from a call with num_sink_tokens"):
+        attend(query, key, value, fm, initial_state=state, **options)
+
+
+@pytest.mark.skipif(keras.config.backend() != "jax", reason="it concerns JAX's traces")
+def test_a_map_built_in_a_trace_outlives_it():
+    import jax
+
+    fm = FavorPlus(6, seed=1)
+    query, key, value = make_qkv(5)
+    jitted = jax.jit(lambda *tensors: favor_attention(*tensors, fm))
+    output = jitted(query, key, value)
+    assert_close(output, attend(query, key, value, fm))
+    assert np.isfinite(to_numpy(jitted(query[:, :4], key, value))).all()
 
 
 @pytest.mark.parametrize("window", [None, 2])

@@ -166,6 +166,16 @@ def test_encoder_outputs_go_with_blocks_that_attend_to_them(kind, built):
         stack(*wrong)
 
 
+@pytest.mark.skipif(BACKEND != "torch", reason="other backends refuse by themselves or can")
+def test_a_second_derivative_is_refused():
+    import torch
+
+    stack = ReversibleStack(make_blocks("encoder", count=2))
+    x = torch.from_numpy(np.asarray(inputs())).requires_grad_()
+    with pytest.raises(RuntimeError, match="differentiated twice"):
+        torch.autograd.grad(stack(x).square().sum(), x, create_graph=True)
+
+
 def test_only_blocks_are_taken():
     with pytest.raises(TypeError, match=r"PerformerEncoderBlocks.*Received: <Dense"):
         ReversibleStack([keras.layers.Dense(3)])

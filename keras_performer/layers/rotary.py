@@ -17,7 +17,10 @@ def rotate(x: Any, positions: Any, max_wavelength: float) -> Any:
         positions: Integers (T,) or (B, T).
         max_wavelength: The wavelength, over 2 pi, that the slowest pair approaches.
 
-    **Returns** (B, T, N, H), of the type of x. **Precision** Angles are float32.
+    **Returns** (B, T, N, H), of the type of x.
+
+    **Precision** Angles are float32, so they are rounded to 0.03 at position one million, and mean
+    nothing from some 10 million on.
 
     **Example**
 

@@ -1,10 +1,41 @@
 """What the attention ops ask of their inputs, and how they lay them out: by key heads."""
 
-from typing import Any
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from keras import backend, ops
 
 from keras_performer.ops._chunks import dtype_of
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def without_autocast(function: _Function) -> _Function:
+    """Let a function of queries compute in the types it asks for within `torch.autocast`."""
+    if backend.backend() != "torch":
+        return function
+    import torch
+
+    @functools.wraps(function)
+    def exact(query: Any, *args: Any, **kwargs: Any) -> Any:
+        device = query.device.type if isinstance(query, torch.Tensor) else "cpu"
+        if not torch.is_autocast_enabled(device):
+            return function(query, *args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return function(query, *args, **kwargs)
+
+    return exact  # pyright: ignore[reportReturnType]
+
+
+def outside_of_traces() -> contextlib.AbstractContextManager[None]:
+    """Where weights are made: on JAX they outlive the trace in which that may happen."""
+    if backend.backend() != "jax":
+        return contextlib.nullcontext()
+    import jax
+
+    return jax.ensure_compile_time_eval()
 
 
 def wide_dtype(x: Any) -> str:

@@ -239,8 +239,12 @@ def _torch_function() -> Any:
             return (*results[:2], *after)
 
         @staticmethod
-        @torch.autograd.function.once_differentiable
         def backward(ctx: Any, *grads: Any) -> Any:
+            if torch.is_grad_enabled():
+                raise RuntimeError(
+                    "A ReversibleStack cannot be differentiated twice on PyTorch: take the blocks "
+                    "one by one, or remat=True. Received: a backward pass with create_graph=True"
+                )
             saved = ctx.saved_tensors
             found = ctx.backward(saved, grads[:2])
             rest = len(saved) - ctx.num_differentiable

@@ -109,10 +109,26 @@ def _jax_scan(
     body: Body, carry: Tensors, xs: Tensors, weights: Tensors, reverse: bool
 ) -> tuple[Tensors, Tensors]:
     import jax
+    import jax.core
 
+    if not any(isinstance(tensor, jax.core.Tracer) for tensor in (*carry, *xs, *weights)):
+        # Nothing to differentiate or compile, and a scan would compile anew at each call.
+        return _eager_loop(body, carry, xs, weights, reverse)
     # A scan cannot merge the recomputation with the forward pass, so nothing need prevent it.
     step = jax.checkpoint(body, prevent_cse=False)
     return jax.lax.scan(lambda c, x: step(c, x, weights), carry, xs, reverse=reverse)
+
+
+def _eager_loop(
+    body: Body, carry: Tensors, xs: Tensors, weights: Tensors, reverse: bool
+) -> tuple[Tensors, Tensors]:
+    steps, outputs = range(xs[0].shape[0]), []
+    for i in reversed(steps) if reverse else steps:
+        carry, y = body(carry, tuple(x[i] for x in xs), weights)
+        outputs.append(y)
+    if reverse:
+        outputs.reverse()
+    return tuple(carry), tuple(keras.ops.stack(y) for y in zip(*outputs, strict=True))
 
 
 # PyTorch: a Python loop inside one autograd function.
@@ -147,6 +163,31 @@ def _torch_scan(
     return results[: len(carry)], results[len(carry) :]
 
 
+def _torch_gradients(
+    outputs: Any, cotangents: Any, inputs: Any, create_graph: bool = False
+) -> list[Any]:
+    """The gradient of each input, None where it has none."""
+    import torch
+
+    pairs = [
+        (output, cotangent)
+        for output, cotangent in zip(outputs, cotangents, strict=True)
+        if cotangent is not None and output.requires_grad
+    ]
+    if not pairs:
+        return [None] * len(inputs)
+    found = iter(
+        torch.autograd.grad(
+            [output for output, _ in pairs],
+            [tensor for tensor in inputs if tensor.requires_grad],
+            [cotangent for _, cotangent in pairs],
+            allow_unused=True,
+            create_graph=create_graph,
+        )
+    )
+    return [next(found) if tensor.requires_grad else None for tensor in inputs]
+
+
 @functools.cache
 def _torch_function() -> Any:
     import torch
@@ -163,12 +204,17 @@ def _torch_function() -> Any:
             return (*(t.view_as(t) for t in last), *ys)
 
         @staticmethod
-        @torch.autograd.function.once_differentiable
         def backward(ctx: Any, *grads: Any):
             num_carry, num_xs = ctx.sizes
             saved = ctx.saved_tensors  # which checkpointing lets a backward pass read once
             steps = saved[0].shape[0]
             split = len(saved) - steps * num_carry
+            if torch.is_grad_enabled():  # for a derivative of the gradient, which keeps everything
+                first = len(saved) - num_carry if ctx.reverse else split
+                tensors = (*saved[first : first + num_carry], *saved[:split])
+                last, ys, _ = _torch_loop(ctx.body, *_split(tensors, ctx.sizes), ctx.reverse)
+                found = _torch_gradients((*last, *ys), grads, tensors, create_graph=True)
+                return (None, None, None, *found)
             xs, weights, boundaries = saved[:num_xs], saved[num_xs:split], saved[split:]
             d_carry, d_ys = list(grads[:num_carry]), grads[num_carry:]
             d_weights: list[Any] = [None] * len(weights)
@@ -184,27 +230,8 @@ def _torch_function() -> Any:
                 ]
                 with torch.enable_grad():
                     carry, ys = ctx.body(*_split(inputs, ctx.sizes))
-                pairs = [
-                    (out, grad)
-                    for out, grad in zip(
-                        (*carry, *ys),
-                        (*d_carry, *(None if g is None else g[i] for g in d_ys)),
-                        strict=True,
-                    )
-                    if grad is not None and out.requires_grad
-                ]
-                wanted = [t for t in inputs if t.requires_grad]
-                found = iter(
-                    torch.autograd.grad(
-                        [out for out, _ in pairs],
-                        wanted,
-                        [grad for _, grad in pairs],
-                        allow_unused=True,
-                    )
-                    if pairs
-                    else [None] * len(wanted)
-                )
-                step = [next(found) if t.requires_grad else None for t in inputs]
+                d_outputs = (*d_carry, *(None if g is None else g[i] for g in d_ys))
+                step = _torch_gradients((*carry, *ys), d_outputs, inputs)
                 d_carry = step[:num_carry]
                 for j in range(num_xs):
                     d_xs[j][i] = step[num_carry + j]

@@ -593,8 +593,12 @@ class _Attend(torch.autograd.Function):
         return results
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *cotangents: Any):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "implementation='triton' cannot be differentiated twice: take 'auto'. Received: a "
+                "backward pass with create_graph=True"
+            )
         saved = ctx.saved_tensors
         by_rows = ctx.needs_input_grad[4]
         with torch.cuda.device_of(saved[0]):

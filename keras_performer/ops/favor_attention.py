@@ -16,8 +16,10 @@ from keras_performer.ops._inputs import (
     differ,
     fits,
     group_queries,
+    outside_of_traces,
     ungroup,
     wide_dtype,
+    without_autocast,
 )
 
 FUSED = {"triton": _fused.TRITON, "pallas": _fused.PALLAS}
@@ -32,6 +34,7 @@ IMPLEMENTATIONS = {
 """Those in `keras.ops`, by name, in the order of preference of `implementation="auto"`."""
 
 
+@without_autocast
 def favor_attention(
     query: Any,
     key: Any,
@@ -112,13 +115,15 @@ def favor_attention(
     ten bits of mantissa. On TPUs and recent GPUs JAX and TensorFlow do so to float32 too, as
     everywhere in a model, unless
     `jax.config.update("jax_default_matmul_precision", "highest")` or
-    `tf.config.experimental.enable_tensor_float_32_execution(False)` says otherwise. The gradients
-    of the fused kernels, and on PyTorch all of them, cannot be differentiated again.
+    `tf.config.experimental.enable_tensor_float_32_execution(False)` says otherwise. Within
+    `torch.autocast` attention computes as outside of it. The gradients of the fused kernels cannot
+    be differentiated again.
 
     **Cost** O(T N M (H + V)) time; causal and packed attention add O(T C N (M + V)) for chunks of C
     tokens, and a window of W tokens O(T N C (H + V + M)) for C = max(128, 2 W) + 4 W (causal at
     most 128 + 2 W).
-    Memory O(T N (H + V) + (T / C) K M V); the backward pass recomputes features and scores.
+    Memory O(T N (H + V) + (T / C) K M V); the backward pass recomputes features and scores, on
+    TensorFlow within a `tf.function` only, and not for a second derivative.
 
     **Raises** ValueError or TypeError for shapes, types and combinations that cannot work;
     NotImplementedError where the `implementation` that is named cannot do what is asked.
@@ -364,7 +369,8 @@ def _check_feature_map(feature_map: Any) -> None:
 
 def _build(feature_map: Any, key: Any) -> None:
     if not feature_map.built:
-        feature_map.build(tuple(key.shape))
+        with outside_of_traces():
+            feature_map.build(tuple(key.shape))
     if feature_map.head_dim != key.shape[-1]:
         raise ValueError(
             f"The feature map was built for head size {feature_map.head_dim}: make a new one for "
@@ -495,6 +501,11 @@ def _check_state(
         raise ValueError(
             "initial_state comes from a call with an exact window, whose keys its sums leave out: "
             "pass the same exact_window. Received: exact_window=None"
+        )
+    if "sink_key" in state and not (window and window[1]):
+        raise ValueError(
+            "initial_state comes from a call with num_sink_tokens, whose keys its sums leave out: "
+            "pass the same number. Received: num_sink_tokens=0"
         )
     has_window = causal or "window_key" in state
     expected = _state_shapes(sizes, window if has_window else None)

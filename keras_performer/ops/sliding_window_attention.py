@@ -28,12 +28,14 @@ from keras_performer.ops._inputs import (
     group_queries,
     ungroup,
     wide_dtype,
+    without_autocast,
 )
 from keras_performer.ops._scan import scan
 
 _SMALLEST_BLOCK = 64
 
 
+@without_autocast
 def sliding_window_attention(
     query: Any,
     key: Any,
