@@ -1,6 +1,7 @@
 """Converted models against the softmax models that they were made of."""
 
 import importlib.util
+import sys
 
 import keras
 import keras_hub
@@ -16,6 +17,7 @@ from keras_performer.convert import (
     extend_positions,
     performerize,
 )
+from keras_performer.convert.hub_models import CLASSES
 from keras_performer.feature_maps import FavorPlus
 from keras_performer.layers import PerformerAttention
 
@@ -663,3 +665,56 @@ def test_offset_positions_keep_their_offset():
     longer = extend_positions(model, 25)
     new = to_numpy(longer.position_embedding.position_embeddings)
     assert_exact(new, np.concatenate([table, table[1:]]))
+
+
+def test_what_is_shared_within_and_around_a_backbone_stays_shared():
+    backbone = backbone_of(HUB.GPT2Backbone)
+    logits = backbone.token_embedding(backbone(backbone.input), reverse=True)
+    model = keras.Model(backbone.input, logits)
+    for made in (
+        performerize(model, num_features=8),
+        extend_positions(model, backbone.max_sequence_length + 3),
+    ):
+        inner = next(layer for layer in made.layers if isinstance(layer, keras.Model))
+        assert inner.token_embedding in made.layers
+
+
+def test_ties_that_would_be_lost_are_refused():
+    ids = keras.Input((None,), dtype="int32")
+    places = keras.Input((None,), dtype="int32")
+    embedding = keras_hub.layers.TokenAndPositionEmbedding(31, 8, 8)
+    x = embedding(ids)
+    x = keras.layers.MultiHeadAttention(2, 4)(x, x)
+    head = keras_hub.layers.MaskedLMHead(token_embedding=embedding.token_embedding)
+    model = keras.Model([ids, places], head(x, places))
+    for convert in (performerize, lambda model: extend_positions(model, 9)):
+        with pytest.raises(ValueError, match="share weights in a way"):
+            convert(model)
+
+
+def test_a_model_compiled_with_functions_of_ones_own_is_converted():
+    x = keras.Input((None, 8))
+    model = keras.Model(x, keras.layers.MultiHeadAttention(2, 4)(x, x))
+    model.compile("sgd", lambda y, p: keras.ops.mean((y - p) ** 2), jit_compile=False)
+    with pytest.warns(UserWarning, match="is not compiled"):
+        made = performerize(model, num_features=8)
+    assert model.compiled
+    assert not made.compiled
+    model.compile("sgd", "mse", jit_compile=False)
+    assert performerize(model, num_features=8).loss == "mse"
+
+
+def test_a_subclass_of_attention_is_not_left_quadratic():
+    class Mixer(keras.layers.MultiHeadAttention):
+        pass
+
+    x = keras.Input((None, 8))
+    h = Mixer(2, 4)(x, x)
+    model = keras.Model(x, keras.layers.MultiHeadAttention(2, 4)(h, h))
+    with pytest.raises(ValueError, match="Mixer"):
+        performerize(model)
+
+
+def test_converted_tasks_are_found_where_they_say_they_are():
+    for cls in CLASSES.values():
+        assert getattr(sys.modules[cls.__module__], cls.__name__) is cls

@@ -1,6 +1,7 @@
 """New models of old ones: layers made anew, all weights consumed, all filled."""
 
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -63,11 +64,38 @@ def clone_graph(
 
     # The layers of a sequential model have one input, and no options in their calls.
     options = {} if isinstance(model, keras.Sequential) else {"call_function": call_new}
-    cloned = keras.models.clone_model(model, clone_function=clone, **options)
+    compiled, model.compiled = model.compiled, False  # else Keras compiles the clone, or fails to
+    try:
+        cloned = keras.models.clone_model(model, clone_function=clone, **options)
+    finally:
+        model.compiled = compiled
     for old, new in pairs:
         if isinstance(old, keras.Layer) and not (is_graph(old) or is_backbone(old) or is_task(old)):
             fill(old, new)
+    cloned.dtype_policy = model.dtype_policy
+    if compiled:
+        try:
+            cloned.compile_from_config(model.get_compile_config())
+        except (TypeError, ValueError) as error:
+            warnings.warn(
+                f"The rebuilt model {model.name!r} is not compiled, because what {model.name!r} is "
+                f"compiled with is not registered with Keras: compile it. ({error})",
+                stacklevel=2,
+            )
     return freeze_as(model, cloned)
+
+
+def check_ties(model: Any, rebuilt: Any) -> None:
+    """Raise ValueError if layers that share weights no longer do in the rebuilt model."""
+    before, after = (
+        {id(w): w.path for w in m.weights if "feature_map/" not in w.path} for m in (model, rebuilt)
+    )
+    if len(after) != len(before):
+        raise ValueError(
+            "Layers of this model share weights in a way that a rebuilt model would not: make such "
+            "a layer (a head with a token_embedding, for example) after the conversion. Received: "
+            f"model {model.name!r} of {len(before)} weights, which would become {len(after)}"
+        )
 
 
 def rebuild_backbone(backbone: Any, made: Any, fill: Any, **changes: Any) -> Any:

@@ -7,6 +7,7 @@ import keras_hub
 import numpy as np
 
 from keras_performer.convert._rebuild import (
+    check_ties,
     clone_graph,
     copy_layer,
     freeze_as,
@@ -56,6 +57,7 @@ def extend_positions(model: keras.Model, length: int, method: str = "tile") -> A
     if method not in ("tile", "interpolate"):
         raise ValueError(f"method must be 'tile' or 'interpolate'. Received: method={method!r}")
     extended: list[Any] = []
+    made: dict[int, Any] = {}
 
     def fill(old: Any, new: Any, first: int = 0) -> None:
         if not isinstance(old, _LAYERS):
@@ -76,6 +78,12 @@ def extend_positions(model: keras.Model, length: int, method: str = "tile") -> A
         )
 
     def make(layer: Any) -> Any:
+        # One for each old one, in whatever graphs it is.
+        if id(layer) not in made:
+            made[id(layer)] = make_new(layer)
+        return made[id(layer)]
+
+    def make_new(layer: Any) -> Any:
         if is_task(layer):
             return rebuild_task(layer, type(layer), make(layer.backbone))
         if is_backbone(layer):
@@ -83,12 +91,12 @@ def extend_positions(model: keras.Model, length: int, method: str = "tile") -> A
             if isinstance(layer, keras_hub.models.ESMBackbone):
                 # Its places are counted from the padding token's number.
                 first = layer.pad_token_id
-            return rebuild_backbone(
-                layer,
-                type(layer),
-                lambda old, new: fill(old, new, first),
-                max_sequence_length=length,
-            )
+
+            def fill_inner(old: Any, new: Any) -> None:
+                made[id(old)] = new  # which a graph around the backbone may call too
+                fill(old, new, first)
+
+            return rebuild_backbone(layer, type(layer), fill_inner, max_sequence_length=length)
         if is_graph(layer):
             return clone_graph(layer, make, fill)
         config = layer.get_config()
@@ -103,6 +111,7 @@ def extend_positions(model: keras.Model, length: int, method: str = "tile") -> A
             f"positions it needs none. Received: model {model.name!r} of class "
             f"{type(model).__name__}"
         )
+    check_ties(model, longer)
     return longer
 
 

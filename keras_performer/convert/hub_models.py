@@ -365,7 +365,9 @@ def _for_backbone(cls: type, backbone_cls: type, name: str) -> type:
         "__module__": __name__,
         "backbone_cls": backbone_cls,
     }
-    return keras.saving.register_keras_serializable("keras_performer")(type(name, (cls,), contents))
+    made = type(name, (cls,), contents)
+    globals()[name] = made  # pickling looks there
+    return keras.saving.register_keras_serializable("keras_performer")(made)
 
 
 # What keras-hub has for DistilBERT, for the encoder of BERT, which has the same inputs.

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import keras
 
 from keras_performer.convert._rebuild import (
+    check_ties,
     clone_graph,
     copy_layer,
     is_graph,
@@ -101,6 +102,7 @@ def performerize(
     conversion = _Conversion(as_config(options))
     converted = conversion.convert(model, model.name)
     conversion.check(model)
+    check_ties(model, converted)
     return converted
 
 
@@ -213,9 +215,16 @@ class _Conversion:
         self.options = options
         self.num_replaced = 0
         self.problems: dict[str, str] = {}
+        self.made: dict[int, Any] = {}
 
     def convert(self, layer: Any, path: str) -> Any:
         """Make the new layer or model; what cannot be replaced is noted, and copied as it is."""
+        # One for each old one, in whatever graphs it is.
+        if id(layer) not in self.made:
+            self.made[id(layer)] = self._convert(layer, path)
+        return self.made[id(layer)]
+
+    def _convert(self, layer: Any, path: str) -> Any:
         kind = type(layer)
         if kind in TASKS:
             return self._convert_task(layer, path)
@@ -256,7 +265,8 @@ class _Conversion:
         names = [
             f"{x.name!r} ({type(x).__name__})"
             for x in inner
-            if "attention" in type(x).__name__.lower() and not isinstance(x, PerformerAttention)
+            if "attention" in type(x).__name__.lower() or isinstance(x, _ATTENTIONS)
+            if not isinstance(x, PerformerAttention)
         ]
         if names:
             self.problems[path] = (
@@ -277,7 +287,12 @@ class _Conversion:
     def _convert_backbone(self, backbone: Any) -> Any:
         options = with_seed(self.options, self.num_replaced)
         self.num_replaced += backbone.num_layers
-        return rebuild_backbone(backbone, BACKBONES[type(backbone)], copy_layer, attention=options)
+
+        def fill(old: Any, new: Any) -> None:
+            self.made[id(old)] = new  # which a graph around the backbone may call too
+            copy_layer(old, new)
+
+        return rebuild_backbone(backbone, BACKBONES[type(backbone)], fill, attention=options)
 
     def _convert_graph(self, model: Any, path: str) -> Any:
         def make(layer: Any) -> Any:
