@@ -1,5 +1,7 @@
 import gzip
 import hashlib
+import os
+import threading
 
 import pytest
 
@@ -45,6 +47,17 @@ def test_gzip_is_told_by_content_not_by_name(tmp_path):
     assert read_fasta(write(tmp_path / "p.fasta", gzip.compress(TEXT.encode()))) == PROTEINS
     assert read_fasta(write(tmp_path / "p.fasta.gz", TEXT)) == PROTEINS
     assert read_fasta(str(tmp_path / "p.fasta.gz")) == PROTEINS
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_a_pipe_is_read_once(tmp_path, pack):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_bytes, args=[pack(TEXT.encode())])
+    writer.start()
+    assert read_fasta(pipe) == PROTEINS
+    writer.join()
 
 
 def test_headers_may_hold_any_text(tmp_path):

@@ -264,5 +264,7 @@ def _example(where: str, name: str, record: dict, fields: tuple[str, ...]) -> Ex
                 f"{where}: there must be a text or number in {field!r}. Received: {value!r} "
                 f"(there are {known})"
             )
+        if not str(value).strip():
+            raise ValueError(f"{where}: {field!r} is blank. Fill it in, or remove the record.")
         values.append(str(value))
     return Example(name, *values)

@@ -1,6 +1,7 @@
 """Read protein sequences from FASTA files."""
 
 import gzip
+import io
 import os
 import re
 import zlib
@@ -58,11 +59,11 @@ def read_fasta(path: str | os.PathLike[str]) -> list[Protein]:
             f"{path}: there is no such file. Pass the path of a FASTA file, plain or gzip "
             f"(the current folder is {Path.cwd()})."
         )
-    with path.open("rb") as file:
-        compressed = file.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC
-    open_text = gzip.open if compressed else open
-    # Headers may hold any text: a byte that is no UTF-8 is replaced, and no letter of a sequence.
-    with open_text(path, "rt", encoding="utf-8-sig", errors="replace") as lines:
+    with path.open("rb") as file:  # once: a pipe cannot be read from its start again
+        compressed = file.peek(len(_GZIP_MAGIC)).startswith(_GZIP_MAGIC)
+        content = gzip.GzipFile(fileobj=file) if compressed else file
+        # Headers may hold any text: a byte that is no UTF-8 is replaced, no letter of a sequence.
+        lines = io.TextIOWrapper(content, encoding="utf-8-sig", errors="replace")
         try:
             proteins = _parse(lines, path)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:

@@ -24,6 +24,8 @@ def mask_sequences(
 ) -> Batch:
     """Crop, pack and mask sequences as the preprocessor would pack and mask their strings.
 
+    Other than there, no special token replaces another at random.
+
     **Shapes** B is the number of sequences, T the preprocessor's `sequence_length`, P the number of
     tokens masked in a sequence of full length.
 
