@@ -114,3 +114,8 @@ def test_the_config_keeps_the_boundaries():
     twin = GeneExpressionEmbedding.from_config(config)
     assert twin.get_config() == layer.get_config()
     assert len(config["boundaries"]) == 8
+
+
+def test_what_is_no_number_is_in_the_first_bin():
+    bins = to_numpy(make_layer().bins(np.array([[np.nan, np.inf, -np.inf]], "float32")))
+    assert bins.tolist() == [[0, make_layer().num_bins - 1, 0]]

@@ -21,6 +21,7 @@ BACKEND = keras.config.backend()
 JIT = BACKEND == "jax"
 TEXTS = ["MKTAYIAKQ", "ACDEF", "W", "GGGGS"]
 LABELS = [0, 1, 2, 1]
+ACIDS = "ACDEFGHIKLMNPQRSTVWY"
 
 
 def make_backbone(backbone_class=PerformerEncoderBackbone, **options):
@@ -235,3 +236,59 @@ def test_bytes_of_any_language_can_be_classified():
     backbone = make_backbone(vocabulary_size=ByteTokenizer().vocabulary_size())
     task = PerformerSequenceClassifier(backbone, 2, preprocessor)
     assert task.predict(["Größe", "大きさ"], verbose=0).shape == (2, 2)
+
+
+def test_strings_are_shuffled_for_each_epoch_unless_not():
+    task, seen = make_task(num_classes=24), []
+    preprocess = task.preprocess_samples
+
+    def recorded(x, y=None, sample_weight=None):
+        assert [ACIDS.index(text[0]) for text in x] == [label % 20 for label in y]
+        seen.append(tuple(y))
+        return preprocess(x, y, sample_weight)
+
+    task.preprocess_samples = recorded
+    labels = list(range(24))
+    texts = [ACIDS[label % 20] for label in labels]
+    in_order = {tuple(labels[i : i + 8]) for i in (0, 8, 16)}
+    options = {"batch_size": 8, "verbose": 0}
+    keras.utils.set_random_seed(1)
+    task.fit(texts, labels, epochs=2, **options)
+    assert set().union(*seen) == set(labels)
+    assert not in_order & set(seen)
+    assert len(set(seen)) >= 6  # other batches in the second epoch
+    seen.clear()
+    task.fit(np.array(texts), np.array(labels), epochs=2, shuffle=False, **options)
+    assert set(seen) == in_order
+    seen.clear()
+    task.fit(texts, labels, validation_split=0.25, **options)
+    assert tuple(labels[18:]) in seen  # validated with as they are
+    assert sorted(set().union(*(s for s in seen if s != tuple(labels[18:])))) == labels[:18]
+
+
+def test_samples_with_and_without_labels_and_weights():
+    task = make_task()
+    one_by_one = [task.predict([text], verbose=0)[0] for text in TEXTS]
+    for x in (TEXTS, np.array(TEXTS), np.array(TEXTS, dtype=object)):
+        assert_close(task.predict(x, batch_size=3, verbose=0), np.stack(one_by_one), "layer")
+    weights = np.array([1.0, 0.0, 0.0, 0.0])
+    loss = task.evaluate(TEXTS, LABELS, sample_weight=weights, batch_size=4, verbose=0)[0]
+    alone = task.evaluate(TEXTS[:1], LABELS[:1], verbose=0)[0]
+    np.testing.assert_allclose(loss, alone / 4, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"must be as many.*\[3, 4\] rows"):
+        task.fit(TEXTS, LABELS[:3], verbose=0)
+
+
+@pytest.mark.parametrize("method", ["fit", "evaluate", "predict"])
+def test_what_is_missing_is_no_peptide(method):
+    labels = () if method == "predict" else ([0, 1],)
+    with pytest.raises(TypeError, match="takes strings"):
+        getattr(make_task(), method)(["MKT", float("nan")], *labels, verbose=0)
+
+
+def test_arguments_that_nothing_takes_are_refused():
+    for make in (make_backbone, make_task):
+        with pytest.raises(TypeError, match=r"no argument of this name.*exact_windw=16"):
+            make(exact_windw=16)
+    with pytest.raises(TypeError, match="num_class=2"):
+        PerformerSequenceClassifier.from_preset("performer_localization_small", num_class=2)

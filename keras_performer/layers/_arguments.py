@@ -46,6 +46,21 @@ def packed_length(value: Any) -> int:
     return length
 
 
+def check_known(owner: Any, arguments: dict[str, Any], *names: str) -> None:
+    """Raise a TypeError for arguments that are not of `names`, which Keras's models would drop.
+
+    **Example**
+
+    >>> check_known(None, {"name": "encoder"}, "name", "trainable")
+    """
+    if unknown := sorted(set(arguments) - set(names)):
+        raise TypeError(
+            f"{type(owner).__name__} has no argument of this name; what belongs to its backbone or "
+            "its preprocessor is set there. Received: "
+            + ", ".join(f"{name}={arguments[name]!r}" for name in unknown)
+        )
+
+
 def optional_int(name: str, value: Any) -> int | None:
     """As `positive_int`, but None stays None.
 

@@ -8,6 +8,7 @@ import keras_hub
 from keras_performer.layers import ReversibleStack
 from keras_performer.layers._arguments import (
     check_attention,
+    check_known,
     check_near_field,
     dropout_rate,
     positive_int,
@@ -93,6 +94,7 @@ class PerformerBackbone(keras_hub.models.Backbone):
         dtype: Any = None,
         **kwargs: Any,
     ):
+        check_known(self, kwargs, "name", "trainable")
         vocabulary_size = positive_int("vocabulary_size", vocabulary_size)
         num_layers = positive_int("num_layers", num_layers)
         num_heads = positive_int("num_heads", num_heads)

@@ -13,13 +13,14 @@ _Class = TypeVar("_Class", bound=type)
 
 
 def take_loaders(cls: _Class) -> _Class:
-    """Let `fit`, `evaluate` and `predict` of a keras-hub task take loaders of raw samples.
+    """Let `fit`, `evaluate` and `predict` of a keras-hub task take raw samples as Keras takes data.
 
-    keras-hub's take arrays, `tf.data` and grain. A `keras.utils.PyDataset` and a PyTorch
-    `DataLoader` of known length are taken by `keras.Model`, but only with batches that are
-    prepared: here they are preprocessed as they come. So are arrays with a `sample_weight` and no
-    labels, which is what a language model is trained on, and whose weights Keras would drop without
-    a word. Not a base class: Keras refuses two paths to one base in functional models.
+    keras-hub makes one array of all strings, as wide as the longest, does not shuffle it, drops a
+    `sample_weight` without labels, and takes no `keras.utils.PyDataset`, PyTorch `DataLoader` or
+    rows of labels that differ in length. Here strings are shuffled for each epoch unless
+    `shuffle=False`, and they and loaders of known length are preprocessed batch by batch. `tf.data`
+    and grain are left to keras-hub. Not a base class: Keras refuses two paths to one base in
+    functional models.
 
     **Args**
         cls: A class of tasks.
@@ -29,7 +30,7 @@ def take_loaders(cls: _Class) -> _Class:
     fit, evaluate, predict = cls.fit, cls.evaluate, cls.predict
 
     @functools.wraps(fit)
-    def fit_loaders(
+    def fit_samples(
         self: Any,
         x: Any = None,
         y: Any = None,
@@ -39,31 +40,22 @@ def take_loaders(cls: _Class) -> _Class:
         validation_split: float | None = None,
         **kwargs: Any,
     ) -> Any:
-        columns = validation_data if isinstance(validation_data, tuple) else ()
-        if len(columns) == 3 and _has_weights_alone(self, *columns) and y is None:
-            if _is_rows(x):
-                if sample_weight is None:  # so that the way below is taken
-                    sample_weight = np.ones(_num_rows(x), "float32")
-            elif _prepared(self, x) is None:
-                raise ValueError(
-                    "Weights of validation strings without labels go with `x` as strings or as a "
-                    "loader. Received: `validation_data=(strings, None, sample_weight)` and x of "
-                    f"type {type(x).__name__}"
+        validates_dataset = validation_data is not None and not isinstance(validation_data, tuple)
+        if _is_raw(self, x) and (not validates_dataset or _is_loader(validation_data)):
+            if validation_split and validation_data is None:
+                (x, y, sample_weight), validation_data = _split(
+                    (x, y, sample_weight), validation_split
                 )
-        if _has_weights_alone(self, x, y, sample_weight):
-            if validation_split:
-                raise ValueError(
-                    "Without labels, strings and their weights are not split: pass "
-                    "`validation_data=(strings, None, sample_weight)`. Received: "
-                    f"validation_split={validation_split}"
-                )
-            x, sample_weight, batch_size = _WeightedRows(x, sample_weight, batch_size), None, None
+            kwargs.setdefault("validation_batch_size", batch_size)
+            x = _Rows(x, y, sample_weight, batch_size, kwargs.pop("shuffle", True))
+            y = sample_weight = batch_size = validation_split = None
+            kwargs["shuffle"] = False
         source = _prepared(self, x)
         if source is None:
-            if _prepared(self, validation_data) is not None:
+            if _is_loader(validation_data):
                 raise ValueError(
-                    "`validation_data` can be a PyDataset or a DataLoader only if `x` is one too. "
-                    f"Received: x of type {type(x).__name__}, validation_data of type "
+                    "`validation_data` can be a PyDataset or a DataLoader only if `x` is one too, "
+                    f"or strings. Received: x of type {type(x).__name__}, validation_data of type "
                     f"{type(validation_data).__name__}"
                 )
             return fit(
@@ -87,13 +79,11 @@ def take_loaders(cls: _Class) -> _Class:
             kwargs["shuffle"] = False  # the loader does
         validation = _prepared(self, validation_data)
         if validation is None and validation_data is not None:
-            validation = _as_arrays(
-                self.preprocess_samples(*keras.utils.unpack_x_y_sample_weight(validation_data))
-            )
+            validation = _prepare(validation_data, self.preprocess_samples)
         return keras.Model.fit(self, source, validation_data=validation, **kwargs)
 
     @functools.wraps(evaluate)
-    def evaluate_loaders(
+    def evaluate_samples(
         self: Any,
         x: Any = None,
         y: Any = None,
@@ -101,26 +91,30 @@ def take_loaders(cls: _Class) -> _Class:
         sample_weight: Any = None,
         **kwargs: Any,
     ) -> Any:
-        if _has_weights_alone(self, x, y, sample_weight):
-            x, sample_weight, batch_size = _WeightedRows(x, sample_weight, batch_size), None, None
-        # What `fit` evaluates is prepared.
-        source = None if kwargs.get("_use_cached_eval_dataset") else _prepared(self, x)
+        if kwargs.get("_use_cached_eval_dataset"):  # what `fit` evaluates is prepared
+            return evaluate(self, x, y, batch_size, sample_weight, **kwargs)
+        if _is_raw(self, x):
+            x = _Rows(x, y, sample_weight, batch_size)
+            y = sample_weight = batch_size = None
+        source = _prepared(self, x)
         if source is None:
             return evaluate(self, x, y, batch_size, sample_weight, **kwargs)
         _refuse(x, y=y, batch_size=batch_size, sample_weight=sample_weight)
         return keras.Model.evaluate(self, source, **kwargs)
 
     @functools.wraps(predict)
-    def predict_loaders(
+    def predict_samples(
         self: Any, x: Any = None, batch_size: int | None = None, **kwargs: Any
     ) -> Any:
+        if _is_raw(self, x):
+            x, batch_size = _Rows(x, None, None, batch_size), None
         source = _prepared(self, x)
         if source is None:
             return predict(self, x, batch_size, **kwargs)
         _refuse(x, batch_size=batch_size)
         return keras.Model.predict(self, source, **kwargs)
 
-    cls.fit, cls.evaluate, cls.predict = fit_loaders, evaluate_loaders, predict_loaders
+    cls.fit, cls.evaluate, cls.predict = fit_samples, evaluate_samples, predict_samples
     return cls
 
 
@@ -147,53 +141,99 @@ def rows(x: Any, start: int, stop: int) -> Any:
     return x[start:stop] if isinstance(x, list) else np.asarray(x)[start:stop].tolist()
 
 
+def _is_loader(x: Any) -> bool:
+    return isinstance(x, keras.utils.PyDataset) or any(
+        base.__name__ == "DataLoader" and base.__module__.startswith("torch.utils.data")
+        for base in type(x).__mro__
+    )
+
+
 def _prepared(task: Any, x: Any) -> keras.utils.PyDataset | None:
     if isinstance(x, keras.utils.PyDataset):
         return _PreparedDataset(x, task.preprocess_samples)
-    if any(
-        base.__name__ == "DataLoader" and base.__module__.startswith("torch.utils.data")
-        for base in type(x).__mro__
-    ):
-        return _PreparedLoader(x, task.preprocess_samples)
-    return None
+    return _PreparedLoader(x, task.preprocess_samples) if _is_loader(x) else None
 
 
-def _is_rows(x: Any) -> bool:
-    return isinstance(x, list | dict | np.ndarray)
+def _is_raw(task: Any, x: Any) -> bool:
+    """Whether there are strings in lists or arrays, and a preprocessor to read them."""
+    return task.preprocessor is not None and _has_strings(x)
 
 
-def _has_weights_alone(task: Any, x: Any, y: Any, sample_weight: Any) -> bool:
-    is_alone = y is None and sample_weight is not None
-    return _is_rows(x) and is_alone and task.preprocessor is not None
+def _has_strings(x: Any) -> bool:
+    if isinstance(x, dict):
+        return any(map(_has_strings, x.values()))
+    if isinstance(x, tuple):
+        return any(map(_has_strings, x))
+    if isinstance(x, np.ndarray):
+        x = x.tolist() if x.dtype.kind in "USO" else ()
+    return isinstance(x, list) and any(isinstance(item, str | bytes) for item in x)
 
 
-def _num_rows(x: Any) -> int:
-    lengths = {len(column) for column in (x.values() if isinstance(x, dict) else [x])}
+def _leaves(x: Any) -> list[Any]:
+    if isinstance(x, dict):
+        return [leaf for column in x.values() for leaf in _leaves(column)]
+    if isinstance(x, tuple):
+        return [leaf for column in x for leaf in _leaves(column)]
+    return [] if x is None else [x]
+
+
+def _take(x: Any, indices: Any) -> Any:
+    """Some rows of lists and arrays, or of what a dict or a tuple holds."""
+    if isinstance(x, dict):
+        return {name: _take(column, indices) for name, column in x.items()}
+    if isinstance(x, tuple):
+        return tuple(_take(column, indices) for column in x)
+    if x is None or isinstance(x, np.ndarray):
+        return x if x is None else x[indices]
+    return [x[i] for i in indices]
+
+
+def _num_rows(columns: Any) -> int:
+    lengths = {len(leaf) for leaf in _leaves(columns)}
     if len(lengths) != 1:
-        raise ValueError(f"The columns of `x` must have one length. Received: {sorted(lengths)}")
+        raise ValueError(
+            "Samples, labels and weights must be as many, in whatever columns they are. Received: "
+            f"columns of {sorted(lengths)} rows"
+        )
     return lengths.pop()
 
 
-class _WeightedRows(keras.utils.PyDataset):
-    """Batches of an array, or of a dict of arrays, with a weight for each row and no labels."""
+def _split(columns: Any, share: float) -> tuple[Any, Any]:
+    """The first rows, and the last of this share, which Keras validates with."""
+    columns = tuple(_array(column) for column in columns)
+    count = _num_rows(columns)
+    first = math.floor(count * (1 - share))
+    if not 0 < first < count:
+        raise ValueError(
+            "`validation_split` must leave rows to train on and to validate with. Received: "
+            f"validation_split={share} of {count} rows"
+        )
+    return _take(columns, np.arange(first)), _take(columns, np.arange(first, count))
 
-    def __init__(self, x: Any, sample_weight: Any, batch_size: int | None):
+
+class _Rows(keras.utils.PyDataset):
+    """Batches of samples, labels and weights, in a new order for each epoch or in their own."""
+
+    def __init__(
+        self, x: Any, y: Any, sample_weight: Any, batch_size: int | None, shuffle: bool = False
+    ):
         super().__init__()
-        self._x = x
-        self._sample_weight = np.asarray(sample_weight)
+        self._columns = (_strings(x), _array(y), _array(sample_weight))
+        self._order = np.arange(_num_rows(self._columns))
         self._batch_size = batch_size or 32
-        if self._sample_weight.shape != (_num_rows(x),):
-            raise ValueError(
-                "`sample_weight` must hold one weight for each row of `x`. Received: "
-                f"sample_weight of shape {self._sample_weight.shape}, x with {_num_rows(x)} rows"
-            )
+        self._shuffle = shuffle
+        self.on_epoch_begin()
 
     def __len__(self) -> int:
-        return math.ceil(len(self._sample_weight) / self._batch_size)
+        return math.ceil(len(self._order) / self._batch_size)
 
     def __getitem__(self, index: int) -> Any:
-        start, stop = index * self._batch_size, (index + 1) * self._batch_size
-        return rows(self._x, start, stop), None, self._sample_weight[start:stop]
+        start = index * self._batch_size
+        return _take(self._columns, self._order[start : start + self._batch_size])
+
+    def on_epoch_begin(self) -> None:
+        if self._shuffle:
+            self._order = np.random.permutation(self._order)
 
 
 class _PreparedDataset(keras.utils.PyDataset):
@@ -275,7 +315,8 @@ def _strings(x: Any) -> Any:
     if isinstance(x, dict):
         return {name: _strings(value) for name, value in x.items()}
     if isinstance(x, list | tuple):
-        if all(isinstance(item, str | bytes) for item in x):
+        # Something else among them is for the tokenizer to refuse.
+        if any(isinstance(item, str | bytes) for item in x):
             return list(x)
         return tuple(_strings(segment) for segment in x)
     x = np.asarray(x)
@@ -350,6 +391,16 @@ def check_backbone(task: str, backbone: Any, *allowed: type) -> None:
             f"{task} needs a {' or a '.join(cls.__name__ for cls in allowed)}. Received: "
             f"backbone of type {type(backbone).__name__}"
         )
+
+
+def token_loss() -> keras.losses.Loss:
+    """Cross-entropy from logits, the mean over the tokens that count.
+
+    Keras's default divides by all of them, so it falls with the number of padded places.
+    """
+    return keras.losses.SparseCategoricalCrossentropy(
+        from_logits=True, reduction="mean_with_sample_weight"
+    )
 
 
 def compile_as_saved(self: Any, config: dict[str, Any]) -> None:

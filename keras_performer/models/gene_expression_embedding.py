@@ -95,12 +95,13 @@ class GeneExpressionEmbedding(keras.layers.Layer):
         self.expression_embedding.build(expression_shape)
 
     def bins(self, expression: Any) -> Any:
-        """The bins (B, T) of expression values (B, T), from 0 to num_bins - 1."""
+        """The bins (B, T) of expression values (B, T), from 0 to num_bins - 1; NaN is in bin 0."""
         expression = ops.cast(expression, "float32")
         if not self.boundaries:
             return ops.zeros_like(expression, dtype="int32")
         boundaries = ops.convert_to_tensor(self.boundaries, "float32")
         shape = ops.shape(expression)
+        expression = ops.where(ops.isnan(expression), float("-inf"), expression)
         places = ops.searchsorted(boundaries, ops.reshape(expression, (-1,)), side="left")
         return ops.cast(ops.reshape(places, shape), "int32")
 

@@ -5,12 +5,14 @@ from typing import Any
 import keras
 import keras_hub
 
+from keras_performer.layers._arguments import check_known
 from keras_performer.models._generation import compile_config, generate_step
 from keras_performer.models._load_preset import load_by_name
 from keras_performer.models._performer_task import (
     check_backbone,
     compile_as_saved,
     take_loaders,
+    token_loss,
 )
 from keras_performer.models.performer_causal_lm_preprocessor import PerformerCausalLMPreprocessor
 from keras_performer.models.performer_decoder_backbone import PerformerDecoderBackbone
@@ -72,6 +74,7 @@ class PerformerCausalLM(keras_hub.models.CausalLM):
         preprocessor: PerformerCausalLMPreprocessor | None = None,
         **kwargs: Any,
     ):
+        check_known(self, kwargs, "name", "trainable", "compile")
         check_backbone("PerformerCausalLM", backbone, PerformerDecoderBackbone)
 
         # === Layers ===
@@ -86,6 +89,12 @@ class PerformerCausalLM(keras_hub.models.CausalLM):
     def get_compile_config(self) -> dict[str, Any]:
         """Return how the model was compiled, with its sampler."""
         return compile_config(super().get_compile_config(), self.sampler)
+
+    def compile(self, optimizer: Any = "auto", loss: Any = "auto", **kwargs: Any) -> None:
+        """Compile as keras-hub does; the "auto" loss is the mean over the predicted tokens."""
+        if isinstance(loss, str) and loss == "auto":
+            loss = token_loss()
+        super().compile(optimizer=optimizer, loss=loss, **kwargs)
 
     compile_from_config = compile_as_saved
     generate_step = generate_step

@@ -5,12 +5,14 @@ from typing import Any
 import keras
 import keras_hub
 
+from keras_performer.layers._arguments import check_known
 from keras_performer.models._load_preset import load_by_name
 from keras_performer.models._performer_task import (
     check_backbone,
     compile_as_saved,
     keep_quantized_head,
     take_loaders,
+    token_loss,
 )
 from keras_performer.models.performer_encoder_backbone import PerformerEncoderBackbone
 from keras_performer.models.performer_masked_lm_preprocessor import PerformerMaskedLMPreprocessor
@@ -72,6 +74,7 @@ class PerformerMaskedLM(keras_hub.models.MaskedLM):
         preprocessor: PerformerMaskedLMPreprocessor | None = None,
         **kwargs: Any,
     ):
+        check_known(self, kwargs, "name", "trainable", "compile")
         check_backbone("PerformerMaskedLM", backbone, PerformerEncoderBackbone)
 
         # === Layers ===
@@ -96,5 +99,11 @@ class PerformerMaskedLM(keras_hub.models.MaskedLM):
         }
         outputs = self.masked_lm_head(backbone(backbone.input), inputs["mask_positions"])
         super().__init__(inputs=inputs, outputs=outputs, **kwargs)
+
+    def compile(self, optimizer: Any = "auto", loss: Any = "auto", **kwargs: Any) -> None:
+        """Compile as keras-hub does; the "auto" loss is the mean over the masked tokens."""
+        if isinstance(loss, str) and loss == "auto":
+            loss = token_loss()
+        super().compile(optimizer=optimizer, loss=loss, **kwargs)
 
     compile_from_config = compile_as_saved

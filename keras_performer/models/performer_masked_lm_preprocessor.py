@@ -35,7 +35,8 @@ class PerformerMaskedLMPreprocessor(keras_hub.models.MaskedLMPreprocessor):
             it about once in three million (five standard deviations above the mean); whatever
             exceeds it stays unmasked.
         mask_token_rate: Share of the selected tokens that the mask token replaces.
-        random_token_rate: Share of the selected tokens that a random token replaces.
+        random_token_rate: Share of the selected tokens that a random token replaces: any of the
+            vocabulary, special ones among them, as in keras-hub.
         **kwargs: `name` of the layer.
 
     **Returns** (calling the layer) `(x, y, sample_weight)`; the sample weight is 1 at real labels,

@@ -5,12 +5,14 @@ from typing import Any
 import keras
 import keras_hub
 
+from keras_performer.layers._arguments import check_known
 from keras_performer.models._generation import compile_config, generate_tokens
 from keras_performer.models._load_preset import load_by_name
 from keras_performer.models._performer_task import (
     check_backbone,
     compile_as_saved,
     take_loaders,
+    token_loss,
 )
 from keras_performer.models.performer_seq_2_seq_backbone import PerformerSeq2SeqBackbone
 from keras_performer.models.performer_seq_2_seq_lm_preprocessor import (
@@ -71,6 +73,7 @@ class PerformerSeq2SeqLM(keras_hub.models.Seq2SeqLM):
         preprocessor: PerformerSeq2SeqLMPreprocessor | None = None,
         **kwargs: Any,
     ):
+        check_known(self, kwargs, "name", "trainable", "compile")
         check_backbone("PerformerSeq2SeqLM", backbone, PerformerSeq2SeqBackbone)
 
         # === Layers ===
@@ -85,6 +88,12 @@ class PerformerSeq2SeqLM(keras_hub.models.Seq2SeqLM):
     def get_compile_config(self) -> dict[str, Any]:
         """Return how the model was compiled, with its sampler."""
         return compile_config(super().get_compile_config(), self.sampler)
+
+    def compile(self, optimizer: Any = "auto", loss: Any = "auto", **kwargs: Any) -> None:
+        """Compile as keras-hub does; the "auto" loss is the mean over the predicted tokens."""
+        if isinstance(loss, str) and loss == "auto":
+            loss = token_loss()
+        super().compile(optimizer=optimizer, loss=loss, **kwargs)
 
     compile_from_config = compile_as_saved
 

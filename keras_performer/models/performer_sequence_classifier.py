@@ -7,7 +7,7 @@ import keras
 import keras_hub
 import numpy as np
 
-from keras_performer.layers._arguments import dropout_rate, optional_int, positive_int
+from keras_performer.layers._arguments import check_known, dropout_rate, optional_int, positive_int
 from keras_performer.models._load_preset import load_by_name
 from keras_performer.models._masked_pooling import MaskedPooling
 from keras_performer.models._performer_task import (
@@ -103,6 +103,7 @@ class PerformerSequenceClassifier(keras_hub.models.TextClassifier):
         hidden_dim: int | None = None,
         **kwargs: Any,
     ):
+        check_known(self, kwargs, "name", "trainable", "compile")
         check_backbone(
             "PerformerSequenceClassifier",
             backbone,

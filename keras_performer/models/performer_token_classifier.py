@@ -4,9 +4,8 @@ from typing import Any
 
 import keras
 import keras_hub
-import numpy as np
 
-from keras_performer.layers._arguments import dropout_rate, positive_int
+from keras_performer.layers._arguments import check_known, dropout_rate, positive_int
 from keras_performer.models._load_preset import load_by_name
 from keras_performer.models._performer_backbone import PerformerStack
 from keras_performer.models._performer_task import (
@@ -15,11 +14,11 @@ from keras_performer.models._performer_task import (
     compile_as_saved,
     keep_quantized_head,
     take_loaders,
+    token_loss,
 )
 from keras_performer.models.performer_decoder_backbone import PerformerDecoderBackbone
 from keras_performer.models.performer_encoder_backbone import PerformerEncoderBackbone
 from keras_performer.models.performer_token_classifier_preprocessor import (
-    BEYOND,
     PerformerTokenClassifierPreprocessor,
 )
 
@@ -84,6 +83,7 @@ class PerformerTokenClassifier(keras_hub.models.Task):
         dropout: float = 0.0,
         **kwargs: Any,
     ):
+        check_known(self, kwargs, "name", "trainable", "compile")
         check_backbone(
             "PerformerTokenClassifier", backbone, PerformerEncoderBackbone, PerformerDecoderBackbone
         )
@@ -110,24 +110,6 @@ class PerformerTokenClassifier(keras_hub.models.Task):
         self.num_classes = num_classes
         self.dropout = dropout
 
-    def fit(
-        self,
-        x: Any = None,
-        y: Any = None,
-        *args: Any,
-        validation_data: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Train, as `keras.Model.fit`; the rows of `y` may differ in length."""
-        if isinstance(validation_data, tuple) and len(validation_data) > 1:
-            validation_x, validation_y, *rest = validation_data
-            validation_data = (validation_x, _squared(validation_y), *rest)
-        return super().fit(x, _squared(y), *args, validation_data=validation_data, **kwargs)
-
-    def evaluate(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate, as `keras.Model.evaluate`; the rows of `y` may differ in length."""
-        return super().evaluate(x, _squared(y), *args, **kwargs)
-
     def compile(
         self,
         optimizer: Any = "auto",
@@ -136,11 +118,11 @@ class PerformerTokenClassifier(keras_hub.models.Task):
         weighted_metrics: Any = "auto",
         **kwargs: Any,
     ) -> None:
-        """Compile; "auto" is Adam, cross-entropy from logits, and accuracy by sample weight."""
-        if optimizer == "auto":
+        """Compile; "auto" is Adam, cross-entropy from logits and accuracy, over labelled tokens."""
+        if isinstance(optimizer, str) and optimizer == "auto":
             optimizer = keras.optimizers.Adam(5e-5)
-        if loss == "auto":
-            loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        if isinstance(loss, str) and loss == "auto":
+            loss = token_loss()
         if weighted_metrics == "auto":
             weighted_metrics = [keras.metrics.SparseCategoricalAccuracy()]
         super().compile(optimizer, loss, weighted_metrics=weighted_metrics, **kwargs)
@@ -150,16 +132,6 @@ class PerformerTokenClassifier(keras_hub.models.Task):
     def get_config(self) -> dict[str, Any]:
         """Return the constructor's arguments."""
         return {**super().get_config(), "num_classes": self.num_classes, "dropout": self.dropout}
-
-
-def _squared(y: Any) -> Any:
-    """Rows of labels as one array, which data pipelines need."""
-    if not isinstance(y, list | tuple):
-        return y
-    square = np.full((len(y), max(map(len, y), default=0)), BEYOND, "int32")
-    for place, row in zip(square, y, strict=True):
-        place[: len(row)] = row
-    return square
 
 
 @load_by_name

@@ -11,9 +11,6 @@ from keras_performer.models._load_preset import load_by_name
 from keras_performer.models.performer_encoder_backbone import PerformerEncoderBackbone
 from keras_performer.models.protein_tokenizer import ProteinTokenizer
 
-BEYOND = int(np.iinfo("int32").min)
-"""What fills rows of labels that are shorter than others in one array."""
-
 
 @load_by_name
 @keras.saving.register_keras_serializable(package="keras_performer")
@@ -33,10 +30,12 @@ class PerformerTokenClassifierPreprocessor(keras_hub.models.Preprocessor):
 
     **Returns** (calling the layer) x, or `(x, y, sample_weight)` with labels. The sample weight is
     1 at labelled tokens, or the one given for the sequence (B,) or for each token; it is 0 at the
-    start and the end token, at padding and at ignored labels, where y is 0.
+    start and the end token, at padding and at ignored labels, where y is 0. Rows of labels may be
+    padded with the ignored label, and rows of weights with anything.
 
-    **Raises** ValueError if a sequence has not one label for each token, and inside TensorFlow's
-    graphs; TypeError for a dict, such as inputs that are prepared, and for a tuple of segments.
+    **Raises** ValueError if a sequence has not one label for each token, for labels below 0 that
+    are not the ignored one, and inside TensorFlow's graphs; TypeError for a dict, such as inputs
+    that are prepared, and for a tuple of segments.
 
     **Example**
 
@@ -100,16 +99,25 @@ class PerformerTokenClassifierPreprocessor(keras_hub.models.Preprocessor):
             sample_weight = np.ones(len(rows), "float32")
         sample_weight = [sample_weight] if single else list(sample_weight)
         for i, row in enumerate(rows):
-            label = np.asarray(given[i], "int32")
-            label = label[label != BEYOND]
+            label = np.asarray(given[i])
+            if np.all(label[len(row) :] == self.ignored_label):  # what rows are padded with
+                label = label[: len(row)]
             if label.shape != row.shape:
                 raise ValueError(
                     "Every token needs one label. Received: "
                     f"{len(label)} labels for the {len(row)} tokens of {texts[i][:60]!r}"
                 )
-            weight = np.broadcast_to(np.asarray(sample_weight[i], "float32"), row.shape)
+            known = label != self.ignored_label
+            if np.any(label[known] < 0) or np.any(label != np.floor(label)):
+                raise ValueError(
+                    "Labels are integers from 0 on, and the ignored_label "
+                    f"{self.ignored_label} at tokens without one. Received: {label[known].min()} "
+                    f"to {label[known].max()} for {texts[i][:60]!r}"
+                )
+            weight = np.asarray(sample_weight[i], "float32")
+            weight = np.broadcast_to(weight[: len(row)] if weight.ndim else weight, row.shape)
             count = min(len(row), room)
-            known = label[:count] != self.ignored_label
+            known = known[:count]
             labels[i, 1 : count + 1] = np.where(known, label[:count], 0)
             weights[i, 1 : count + 1] = np.where(known, weight[:count], 0.0)
         if single:
