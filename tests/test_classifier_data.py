@@ -30,12 +30,10 @@ class Batches(keras.utils.PyDataset):
 def test_all_data_sources_train_the_same():
     """One step of SGD on all samples; the second class has the weight 0 in half of the rows."""
     weights = np.array([1.0, 0.0, 2.0, 1.0], "float32")
+    rows = {"sample_weight": weights, "batch_size": 2, "shuffle": False}
     sources = {
-        "lists": lambda: ((TEXTS, LABELS), {"sample_weight": weights, "batch_size": 2}),
-        "numpy": lambda: (
-            (np.array(TEXTS), np.array(LABELS)),
-            {"sample_weight": weights, "batch_size": 2},
-        ),
+        "lists": lambda: ((TEXTS, LABELS), rows),
+        "numpy": lambda: ((np.array(TEXTS), np.array(LABELS)), rows),
         "pydataset": lambda: ((Batches(TEXTS, LABELS, weights),), {"shuffle": False}),
     }
     if BACKEND != "jax":
@@ -77,10 +75,12 @@ def test_loaders_evaluate_predict_validate_and_see_their_epochs():
     assert np.isfinite(history["val_loss"]).all()
     with pytest.raises(ValueError, match=r"leave out the other arguments\. Received: y"):
         task.fit(data, LABELS)
-    with pytest.raises(ValueError, match="only if `x` is one too"):
-        task.fit(TEXTS, LABELS, validation_data=data)
+    history = task.fit(TEXTS, LABELS, validation_data=data, verbose=0).history
+    assert np.isfinite(history["val_loss"]).all()
     expected = task.predict(TEXTS, batch_size=2, verbose=0)
     prepared = {name: to_numpy(x) for name, x in task.preprocessor(TEXTS).items()}
+    with pytest.raises(ValueError, match="only if `x` is one too"):
+        task.fit(prepared, np.array(LABELS), validation_data=data)
     task.preprocessor = None
     assert_close(task.predict(prepared, batch_size=2, verbose=0), expected)
 

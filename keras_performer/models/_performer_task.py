@@ -58,6 +58,12 @@ def take_loaders(cls: _Class) -> _Class:
                     f"or strings. Received: x of type {type(x).__name__}, validation_data of type "
                     f"{type(validation_data).__name__}"
                 )
+            columns = validation_data if isinstance(validation_data, tuple) else ()
+            if len(columns) == 3 and columns[1] is None and columns[2] is not None:
+                raise ValueError(  # keras-hub would drop them
+                    "Weights of validation strings without labels go with `x` as strings or as a "
+                    f"loader. Received: x of type {type(x).__name__}"
+                )
             return fit(
                 self,
                 x,
