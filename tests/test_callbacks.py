@@ -899,3 +899,23 @@ def test_a_kernel_of_ones_own_can_be_built_within_a_training_step():
     model = Subclassed(feature_map=GeneralizedKernel(squared))
     model.compile("sgd", "mse")
     assert np.isfinite(model.fit(x, x, batch_size=2, verbose=0).history["loss"]).all()
+
+
+def test_a_loop_of_ones_own_need_only_tell_of_its_batches(draws):
+    model = make_model(num_blocks=1)
+    callback = RedrawFeatures(every=2)
+    callback.set_model(model)
+    counts = []
+    for step in range(1, 7):
+        model.optimizer.iterations.assign(step)
+        callback.on_train_batch_end(step - 1)
+        counts.append(len(draws))
+    assert counts == [0, 1, 1, 2, 2, 3]
+
+
+def test_a_model_without_an_optimizer_is_told_of():
+    x = keras.Input((None, WIDTH))
+    callback = RedrawFeatures(every=2)
+    callback.set_model(keras.Model(x, x))
+    with pytest.raises(ValueError, match="compile the model"):
+        callback.on_epoch_begin(0)

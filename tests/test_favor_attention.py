@@ -21,6 +21,7 @@ from keras_performer.feature_maps import ELU, FavorPlus, GeneralizedKernel, ReLU
 from keras_performer.ops import (
     _chunked,
     _sums,
+    empty_favor_state,
     favor_attention,
     favor_attention_weights,
     softmax_attention,
@@ -774,3 +775,8 @@ def test_segments_of_another_shape_are_refused(shape):
     for options in ({}, {"sliding_window": 3}):
         with pytest.raises(ValueError, match="segment_ids must be integers of shape"):
             softmax_attention(query, key, value, segment_ids=ids, **options)
+
+
+def test_an_empty_state_wants_a_built_map():
+    with pytest.raises(ValueError, match=r"first call its `build`.*not built"):
+        empty_favor_state(FavorPlus(6), 1, 2, 4)

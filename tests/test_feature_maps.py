@@ -1,3 +1,4 @@
+import json
 import math
 
 import keras
@@ -402,3 +403,8 @@ def test_exact_scores_do_not_stand_beside_other_kernels(make):
     x = normal(2, 11, 3, 7)
     with pytest.raises(ValueError, match="exact_window"):
         favor_attention(x, x, x, make(), exact_window=3)
+
+
+def test_a_number_of_features_may_be_numpys():
+    config = FavorPlus(np.int64(16)).get_config()
+    assert json.dumps(config["num_features"]) == "16"

@@ -718,3 +718,10 @@ def test_a_subclass_of_attention_is_not_left_quadratic():
 def test_converted_tasks_are_found_where_they_say_they_are():
     for cls in CLASSES.values():
         assert getattr(sys.modules[cls.__module__], cls.__name__) is cls
+
+
+def test_inputs_of_a_fixed_length_cannot_become_longer():
+    ids = keras.Input((8,), dtype="int32")
+    model = keras.Model(ids, keras_hub.layers.TokenAndPositionEmbedding(31, 8, 8)(ids))
+    with pytest.raises(ValueError, match=r"fixed to the old length.*\(None, 8\)"):
+        extend_positions(model, 12)

@@ -25,12 +25,18 @@ class StepMultiples:
 
     def start(self, model: Any) -> None:
         """Begin to count from the model's present step."""
+        self._begin(model, step_count(model))
+
+    def _begin(self, model: Any, step: int) -> None:
         self._group = model.steps_per_execution
-        self._most = step_count(model)
-        self._next = (self._most // self.every + 1) * self.every
+        self._most = step
+        self._next = (step // self.every + 1) * self.every
 
     def passed(self, callback: keras.callbacks.Callback) -> int | None:
         """The largest multiple passed since it was last asked, or None."""
+        if not self._next:  # a loop of the user's own, which calls `on_train_batch_end` only
+            model = callback.model
+            self._begin(model, step_count(model) - model.steps_per_execution)
         # Under JAX `callback.model` puts all values back into the variables, so it is asked for
         # only when the count may have come far enough. Steps that the optimizer skips or
         # accumulates leave it behind this upper bound.
@@ -47,6 +53,12 @@ class StepMultiples:
 
 def step_count(model: Any) -> int:
     """The number of steps that the model's optimizer has taken."""
+    if getattr(model, "optimizer", None) is None:
+        raise ValueError(
+            "Steps are those of the model's optimizer: compile the model, also where a loop of "
+            "your own trains it, with that optimizer. Received: model "
+            f"{model.name!r}, not compiled"
+        )
     return int(keras.ops.convert_to_numpy(model.optimizer.iterations))
 
 

@@ -58,6 +58,7 @@ def extend_positions(model: keras.Model, length: int, method: str = "tile") -> A
         raise ValueError(f"method must be 'tile' or 'interpolate'. Received: method={method!r}")
     extended: list[Any] = []
     made: dict[int, Any] = {}
+    old_lengths: set[int] = set()
 
     def fill(old: Any, new: Any, first: int = 0) -> None:
         if not isinstance(old, _LAYERS):
@@ -69,6 +70,7 @@ def extend_positions(model: keras.Model, length: int, method: str = "tile") -> A
                 f"length={length}, and {old.sequence_length} positions in layer {old.name!r}"
             )
         extended.append(freeze_as(old, new))
+        old_lengths.add(old.sequence_length)
         new.set_weights(
             [
                 # The tables of tokens have other shapes; that of positions is the one that differs.
@@ -112,6 +114,12 @@ def extend_positions(model: keras.Model, length: int, method: str = "tile") -> A
             f"{type(model).__name__}"
         )
     check_ties(model, longer)
+    for x in longer.inputs:
+        if len(x.shape) == 2 and x.shape[1] in old_lengths:
+            raise ValueError(
+                f"The inputs of this model are fixed to the old length: make it of inputs of any, "
+                f"`keras.Input((None,))`. Received: input {x.name!r} of shape {tuple(x.shape)}"
+            )
     return longer
 
 

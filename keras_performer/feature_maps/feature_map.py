@@ -1,6 +1,7 @@
 """The interface of a feature map."""
 
 import math
+import numbers
 import operator
 import random
 from typing import Any
@@ -126,7 +127,8 @@ class FeatureMap(keras.layers.Layer):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if num_features is not None and (not isinstance(num_features, int) or num_features < 1):
+        is_int = isinstance(num_features, numbers.Integral)
+        if num_features is not None and (not is_int or num_features < 1):
             raise ValueError(
                 "num_features must be a positive integer, or None for the default. "
                 f"Received: num_features={num_features}"
@@ -146,7 +148,7 @@ class FeatureMap(keras.layers.Layer):
                 "There is no projection to train: set projection='orthogonal' or "
                 "trainable_projection=False. Received: projection=None, trainable_projection=True"
             )
-        self.num_features = num_features
+        self.num_features = None if num_features is None else int(num_features)
         self.projection_kind = projection
         self.trainable_projection = trainable_projection
         self.seed = seed

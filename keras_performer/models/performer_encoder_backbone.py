@@ -37,7 +37,8 @@ class PerformerEncoderBackbone(PerformerStack):
         far_bias: Start of a learned bias for each key head on what lies beyond the `exact_window`;
             see `PerformerAttention`.
         qk_norm: Whether queries and keys are normalised, with a learned temperature.
-        position_embedding: `"rotary"`, which has no longest length, or `"learned"`.
+        position_embedding: `"rotary"`, which has no longest length (angles are rounded to 0.03 at
+            a million tokens), or `"learned"`.
         max_sequence_length: Longest input with learned positions. Not for rotary positions.
         rotary_max_wavelength: Longest wavelength of the rotary positions.
         gated: Whether the feed-forward part is a gated linear unit.

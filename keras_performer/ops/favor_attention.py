@@ -282,6 +282,11 @@ def empty_favor_state(
     >>> tuple(empty_favor_state(feature_map, 1, 2, 8)["kv"].shape)
     (1, 2, 16, 8)
     """
+    if not feature_map.built:
+        raise ValueError(
+            "A state has as many features as the map: first call its `build` with a shape whose "
+            f"last axis is the head size. Received: feature_map={feature_map!r}, not built"
+        )
     heads = (batch_size, num_key_heads)
     sizes = (*heads, feature_map.feature_dim, feature_map.head_dim, value_dim)
     shapes = _state_shapes(sizes, (exact_window, num_sink_tokens) if exact_window else None)
