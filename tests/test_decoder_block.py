@@ -185,6 +185,7 @@ def test_gradients_reach_the_state_and_the_memory(remat):
         assert np.abs(gradient).max() > 1e-2
 
 
+@pytest.mark.slow_on_jax
 def test_a_functional_model_returns_the_state_of_segments_by_name():
     ids = np.array([[0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 2, 2]], "int32")
     x = inputs(length=6)[:2]

@@ -67,6 +67,7 @@ def test_functional_and_sequential_models_equal_the_layer():
         np.testing.assert_allclose(model.predict(x, verbose=0), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow_on_jax
 def test_padded_batch_equals_unpadded_rows():
     # Guards against masking values but not keys, and against norms over the padding.
     block = make_block(gated=True)

@@ -569,6 +569,7 @@ def test_weights_reproduce_the_output(causal):
     assert_close(np.einsum("bnts,bsnv->btnv", weights, repeated)[mask], output[mask])
 
 
+@pytest.mark.slow_on_jax
 def test_what_has_no_near_field_is_refused():
     query, key, value = make_qkv(9)
     fm = feature_map()

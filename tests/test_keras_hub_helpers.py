@@ -101,6 +101,7 @@ class TestKerasHub(test_case.TestCase):
             train_data=(PROTEINS,),
         )
 
+    @pytest.mark.slow_on_tensorflow
     def test_causal_language_model(self):
         preprocessor = PerformerCausalLMPreprocessor(ProteinTokenizer(), sequence_length=12)
         self.run_task_test(
@@ -110,6 +111,7 @@ class TestKerasHub(test_case.TestCase):
             expected_output_shape=(4, 12, 30),
         )
 
+    @pytest.mark.slow_on_tensorflow
     def test_sequence_classifier(self):
         preprocessor = PerformerSequenceClassifierPreprocessor(
             ProteinTokenizer(), sequence_length=12

@@ -369,6 +369,7 @@ def test_tasks_refuse_backbones_of_another_kind():
             task(wrong)
 
 
+@pytest.mark.slow_on_jax
 @pytest.mark.slow_on_tensorflow
 def test_int8_reaches_the_token_embedding():
     task = make_task(tie_weights=False)

@@ -642,6 +642,7 @@ def test_dropout_takes_whole_keys_of_single_heads():
     assert_layer_close(output, numpy_output(layer, x, attended))
 
 
+@pytest.mark.slow_on_jax
 def test_dropout_keeps_segments_apart_where_a_state_is_asked_for():
     # A dropped first token must not pass for padding, which is of the segment before it.
     segment_ids = np.repeat([[0, 1, 2, 3]], BATCH, 0).repeat(3, 1)
@@ -1162,6 +1163,7 @@ def test_rotary_positions_in_float64():
     assert_layer_close(keras.ops.cast(output, "float32"), expected)
 
 
+@pytest.mark.slow_on_jax
 def test_dropped_keys_leave_positions_where_they_are():
     """Of a segment the first unmasked key stays, of a row the last one."""
     x, ids = make_inputs(6), np.array([[0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 0, 0]], "int32")

@@ -316,7 +316,11 @@ def quantized(kind):
 
 
 @pytest.mark.parametrize(
-    "kind", ["PerformerTokenClassifier", *slow_where_compiled("PerformerMaskedLM", "converted")]
+    "kind",
+    [
+        pytest.param("PerformerTokenClassifier", marks=pytest.mark.slow_on_tensorflow),
+        *slow_where_compiled("PerformerMaskedLM", "converted"),
+    ],
 )
 def test_quantized_tasks_come_back(kind, tmp_path):
     task = quantized(kind)

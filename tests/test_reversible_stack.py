@@ -109,6 +109,7 @@ def test_a_stream_equals_one_call(kind):
     assert_close(np.concatenate(outputs, axis=1), expected, "layer")
 
 
+@pytest.mark.slow_on_jax
 def test_padding_and_keras_masks_count():
     stack = ReversibleStack(make_blocks("encoder"))
     ids = np.array([[3, 1, 2, 0, 0], [1, 2, 3, 4, 5]])

@@ -146,6 +146,7 @@ def test_a_preset_comes_back(tmp_path):
         assert loaded.generate(["MKTAY", "M"], stop_token_ids=None) == texts
 
 
+@pytest.mark.slow_on_jax
 def test_a_saved_model_comes_back_with_its_sampler(tmp_path):
     model = make_model(keras_hub.samplers.TopKSampler(k=3, seed=1))
     model.save(tmp_path / "model.keras")

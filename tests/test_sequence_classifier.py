@@ -231,6 +231,7 @@ def test_int8_outputs_are_close():
     assert 0 < relative_rms(task.embed(TEXTS), vectors) < 0.1
 
 
+@pytest.mark.slow_on_jax
 def test_bytes_of_any_language_can_be_classified():
     preprocessor = PerformerSequenceClassifierPreprocessor(ByteTokenizer(), sequence_length=12)
     backbone = make_backbone(vocabulary_size=ByteTokenizer().vocabulary_size())
