@@ -56,7 +56,6 @@ def extend_positions(model: keras.Model, length: int, method: str = "tile") -> A
     """
     if method not in ("tile", "interpolate"):
         raise ValueError(f"method must be 'tile' or 'interpolate'. Received: method={method!r}")
-    extended: list[Any] = []
     made: dict[int, Any] = {}
     old_lengths: set[int] = set()
 
@@ -69,7 +68,7 @@ def extend_positions(model: keras.Model, length: int, method: str = "tile") -> A
                 "length must be above the number of positions that the model has. Received: "
                 f"length={length}, and {old.sequence_length} positions in layer {old.name!r}"
             )
-        extended.append(freeze_as(old, new))
+        freeze_as(old, new)
         old_lengths.add(old.sequence_length)
         new.set_weights(
             [
@@ -107,7 +106,7 @@ def extend_positions(model: keras.Model, length: int, method: str = "tile") -> A
         return type(layer).from_config(config)
 
     longer = make(model)
-    if not extended:
+    if not old_lengths:
         raise ValueError(
             "This model has no learned positions that extend_positions knows; with rotary "
             f"positions it needs none. Received: model {model.name!r} of class "

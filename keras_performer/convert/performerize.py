@@ -178,7 +178,7 @@ def _attentions(
     if isinstance(layer, PerformerAttention):
         yield name, layer, causal
         return
-    calls = _causal_calls(layer) if _is_graph(layer) else {}
+    calls = _causal_calls(layer) if _holds_graph(layer) else {}
     for inner in layer._flatten_layers(include_self=False, recursive=False):
         if isinstance(layer, PerformerTransformerDecoder):
             # What GPT-2 and `performerize`'s graphs do unless a call says otherwise.
@@ -203,8 +203,8 @@ def _causal_calls(model: Any) -> dict[str, bool]:
     return causal
 
 
-def _is_graph(model: Any) -> bool:
-    """Whether a layer is a graph of layers: functional, sequential, or a subclass."""
+def _holds_graph(model: Any) -> bool:
+    """Whether a layer is a graph of layers: functional, sequential, or a class derived of them."""
     return any(cls.__name__ in ("Functional", "Sequential") for cls in type(model).__mro__)
 
 

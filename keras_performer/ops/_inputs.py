@@ -29,13 +29,25 @@ def without_autocast(function: _Function) -> _Function:
     return exact  # pyright: ignore[reportReturnType]
 
 
-def outside_of_traces() -> contextlib.AbstractContextManager[None]:
+def _outside_of_traces() -> contextlib.AbstractContextManager[None]:
     """Where weights are made: on JAX they outlive the trace in which that may happen."""
     if backend.backend() != "jax":
         return contextlib.nullcontext()
     import jax
 
     return jax.ensure_compile_time_eval()
+
+
+def build_map(feature_map: Any, key: Any) -> None:
+    """Build a feature map that is not built, and raise ValueError if it is for other keys."""
+    if not feature_map.built:
+        with _outside_of_traces():
+            feature_map.build(tuple(key.shape))
+    if feature_map.head_dim != key.shape[-1]:
+        raise ValueError(
+            f"The feature map was built for head size {feature_map.head_dim}: make a new one for "
+            f"another. Received: key of shape {tuple(key.shape)}"
+        )
 
 
 def wide_dtype(x: Any) -> str:

@@ -102,6 +102,22 @@ def carries_of(
     return scan(body, carry, xs, weights, output_shapes=shapes, reverse=reverse)[1]
 
 
+def _loop(
+    body: Body, carry: Tensors, xs: Tensors, weights: Tensors, reverse: bool
+) -> tuple[Tensors, Tensors, list[Tensors]]:
+    """The scan in Python: the last carry, the outputs, and the carry that each step begins with."""
+    steps = list(zip(*(keras.ops.unstack(x) for x in xs), strict=True))
+    outputs, boundaries = [], []
+    for x in reversed(steps) if reverse else steps:
+        boundaries.append(carry)
+        carry, y = body(carry, x, weights)
+        outputs.append(y)
+    if reverse:
+        outputs.reverse()
+        boundaries.reverse()
+    return tuple(carry), tuple(keras.ops.stack(y) for y in zip(*outputs, strict=True)), boundaries
+
+
 # JAX: rematerialisation of the scan body is all there is to it.
 
 
@@ -113,42 +129,13 @@ def _jax_scan(
 
     if not any(isinstance(tensor, jax.core.Tracer) for tensor in (*carry, *xs, *weights)):
         # Nothing to differentiate or compile, and a scan would compile anew at each call.
-        return _eager_loop(body, carry, xs, weights, reverse)
+        return _loop(body, carry, xs, weights, reverse)[:2]
     # A scan cannot merge the recomputation with the forward pass, so nothing need prevent it.
     step = jax.checkpoint(body, prevent_cse=False)
     return jax.lax.scan(lambda c, x: step(c, x, weights), carry, xs, reverse=reverse)
 
 
-def _eager_loop(
-    body: Body, carry: Tensors, xs: Tensors, weights: Tensors, reverse: bool
-) -> tuple[Tensors, Tensors]:
-    steps, outputs = range(xs[0].shape[0]), []
-    for i in reversed(steps) if reverse else steps:
-        carry, y = body(carry, tuple(x[i] for x in xs), weights)
-        outputs.append(y)
-    if reverse:
-        outputs.reverse()
-    return tuple(carry), tuple(keras.ops.stack(y) for y in zip(*outputs, strict=True))
-
-
 # PyTorch: a Python loop inside one autograd function.
-
-
-def _torch_loop(
-    body: Body, carry: Tensors, xs: Tensors, weights: Tensors, reverse: bool
-) -> tuple[Tensors, Tensors, list[Tensors]]:
-    import torch
-
-    steps = list(zip(*(x.unbind(0) for x in xs), strict=True))
-    outputs, boundaries = [], []
-    for x in reversed(steps) if reverse else steps:
-        boundaries.append(carry)
-        carry, y = body(carry, x, weights)
-        outputs.append(y)
-    if reverse:
-        outputs.reverse()
-        boundaries.reverse()
-    return carry, tuple(torch.stack(y) for y in zip(*outputs, strict=True)), boundaries
 
 
 def _torch_scan(
@@ -158,7 +145,7 @@ def _torch_scan(
 
     tensors = (*carry, *xs, *weights)
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
-        return _torch_loop(body, carry, xs, weights, reverse)[:2]
+        return _loop(body, carry, xs, weights, reverse)[:2]
     results = _torch_function().apply(body, (len(carry), len(xs)), reverse, *tensors)
     return results[: len(carry)], results[len(carry) :]
 
@@ -196,7 +183,7 @@ def _torch_function() -> Any:
         @staticmethod
         def forward(ctx: Any, body: Body, sizes: tuple[int, int], reverse: bool, *tensors: Any):
             carry, xs, weights = _split(tensors, sizes)
-            last, ys, boundaries = _torch_loop(body, carry, xs, weights, reverse)
+            last, ys, boundaries = _loop(body, carry, xs, weights, reverse)
             ctx.body, ctx.sizes, ctx.reverse = body, sizes, reverse
             ctx.save_for_backward(*xs, *weights, *(t for step in boundaries for t in step))
             ctx.set_materialize_grads(False)
@@ -212,7 +199,7 @@ def _torch_function() -> Any:
             if torch.is_grad_enabled():  # for a derivative of the gradient, which keeps everything
                 first = len(saved) - num_carry if ctx.reverse else split
                 tensors = (*saved[first : first + num_carry], *saved[:split])
-                last, ys, _ = _torch_loop(ctx.body, *_split(tensors, ctx.sizes), ctx.reverse)
+                last, ys, _ = _loop(ctx.body, *_split(tensors, ctx.sizes), ctx.reverse)
                 found = _torch_gradients((*last, *ys), grads, tensors, create_graph=True)
                 return (None, None, None, *found)
             xs, weights, boundaries = saved[:num_xs], saved[num_xs:split], saved[split:]

@@ -9,6 +9,7 @@ from keras.utils import is_keras_tensor
 from keras_performer.ops import _blocked, _chunked, _fused, _near_field, _reference, _windowed
 from keras_performer.ops._chunks import LOG_ZERO, dtype_of, run_indices
 from keras_performer.ops._inputs import (
+    build_map,
     by_key_heads,
     check_key_mask,
     check_segment_ids,
@@ -16,7 +17,6 @@ from keras_performer.ops._inputs import (
     differ,
     fits,
     group_queries,
-    outside_of_traces,
     ungroup,
     wide_dtype,
     without_autocast,
@@ -160,7 +160,7 @@ def favor_attention(
         segmented=segment_ids is not None,
         stateful=initial_state is not None or return_state,
     )
-    _build(feature_map, key)
+    build_map(feature_map, key)
     output_dtype = dtype_of(query)
     dtype = wide_dtype(query)
     if chosen not in FUSED:  # whose kernels widen what they read on chip
@@ -335,7 +335,7 @@ def favor_attention_weights(
     _check_feature_map(feature_map)
     exact_window = _check_window(exact_window, num_sink_tokens, feature_map, query, key)
     far_bias = _check_far_bias(far_bias, exact_window, key)
-    _build(feature_map, key)
+    build_map(feature_map, key)
     output_dtype = dtype_of(query)
     dtype = wide_dtype(query)
     batch, length, num_heads, _ = ops.shape(query)
@@ -369,17 +369,6 @@ def _check_feature_map(feature_map: Any) -> None:
         raise TypeError(
             "feature_map must be a keras_performer.feature_maps.FeatureMap, such as FavorPlus(). "
             f"Received: feature_map={feature_map!r}"
-        )
-
-
-def _build(feature_map: Any, key: Any) -> None:
-    if not feature_map.built:
-        with outside_of_traces():
-            feature_map.build(tuple(key.shape))
-    if feature_map.head_dim != key.shape[-1]:
-        raise ValueError(
-            f"The feature map was built for head size {feature_map.head_dim}: make a new one for "
-            f"another. Received: key of shape {tuple(key.shape)}"
         )
 
 

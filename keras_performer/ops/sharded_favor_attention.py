@@ -4,7 +4,7 @@ from typing import Any
 
 from keras import backend, ops
 
-from keras_performer.ops._inputs import outside_of_traces
+from keras_performer.ops._inputs import build_map
 from keras_performer.ops.favor_attention import empty_favor_state, favor_attention
 
 
@@ -93,9 +93,7 @@ def sharded_favor_attention(
                 f"along {sequence_axis!r}: pad it, and mask the keys that pad. Received: "
                 f"{name}.shape={tuple(tensor.shape)}"
             )
-    if not feature_map.built:
-        with outside_of_traces():
-            feature_map.build(tuple(key.shape))
+    build_map(feature_map, key)
     if key_mask is None:
         key_mask = ops.ones(key.shape[:2], "bool")
     key_mask = ops.cast(ops.convert_to_tensor(key_mask), "bool")
