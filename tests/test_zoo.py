@@ -37,7 +37,13 @@ if importlib.util.find_spec("matplotlib") is None:
 from training import causal_lm
 from training.backbones import preset_facts
 from training.config import load_config
-from zoo.build import _causal_lm, _runs, performer_antibody_small, tables
+from zoo.build import (
+    _causal_lm,
+    _runs,
+    performer_antibody_small,
+    performer_localization_small,
+    tables,
+)
 from zoo.build._card import card
 from zoo.build._preset import move_to_url, publish, round_array, round_weights
 from zoo.build._record import Data, Metric, Point, Record, read_record, task_class
@@ -502,6 +508,30 @@ def test_a_run_on_a_preset_whose_weights_changed_is_trained_anew(tmp_path, monke
     assert build()[0] == "trained anew"
     weights.write_bytes(b"others")
     assert build(preset="start")[0] == "trained anew"
+
+
+def test_a_twin_goes_on_from_a_twin(monkeypatch):
+    made = []
+
+    def run(recipe, config, name, *overrides, preset=None):
+        made.append((config, name, overrides[-1:], preset))
+        return {"name": name}, Path("runs") / name
+
+    for module in (_runs, performer_localization_small):
+        monkeypatch.setattr(module, "run", run)
+    model, output, twin, _ = _runs.run_with_twin(
+        causal_lm, "own.toml", "own", [], start=performer_localization_small.run_encoder
+    )
+    assert (model["name"], output.name, twin["name"]) == ("own", "own", "own_softmax")
+    softmax = ("model.attention=softmax",)
+    encoder = "performer_localization_small_encoder"
+    pretraining = performer_localization_small.PRETRAINING
+    assert made == [
+        (pretraining, encoder, performer_localization_small.ENCODER[-1:], None),
+        ("own.toml", "own", (), f"runs/{encoder}/preset"),
+        (pretraining, f"{encoder}_softmax", softmax, None),
+        ("own.toml", "own_softmax", softmax, f"runs/{encoder}_softmax/preset"),
+    ]
 
 
 def test_what_tells_presets_apart():

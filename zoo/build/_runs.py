@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -60,7 +60,7 @@ def run_with_twin(
     twin_overrides: Sequence[str] = ("model.attention=softmax",),
     twin_phrase: str = 'the same config with `attention = "softmax"`: same tokens, steps and '
     "parameters but for the random features.",
-    preset: str | None = None,
+    start: Callable[..., tuple[dict[str, Any], Path]] | None = None,
 ) -> tuple[dict[str, Any], Path, dict[str, Any] | None, str]:
     """Run a recipe for a preset, and once more with softmax attention unless told not to.
 
@@ -71,18 +71,22 @@ def run_with_twin(
         argv: Command-line arguments. With `--without-twin` the twin is not trained.
         twin_overrides: Of keys of the config, for the twin.
         twin_phrase: What a card says of the twin.
-        preset: Name of the preset of the zoo to train on. The twin is trained on its twin.
+        start: Runs what the run goes on from, and returns what `run` does. It is called with the
+            end of the folder's name ("" or "_softmax") and the overrides.
 
     **Returns** The figures of the run, its folder, the figures of the twin (None: it is not
     trained), and what the card says of it.
     """
     without_twin = parse_arguments(name, argv)
-    model, output = run(recipe, config, name, preset=preset)
-    softmax = f"{name}_softmax"
+
+    def train(end: str, *overrides: str) -> tuple[dict[str, Any], Path]:
+        preset = str(start(end, *overrides)[1] / "preset") if start else None
+        return run(recipe, config, f"{name}{end}", *overrides, preset=preset)
+
+    model, output = train("")
     if without_twin:
-        return model, output, None, unfinished(model, softmax)
-    start = f"runs/{preset}_softmax/preset" if preset else None
-    twin, _ = run(recipe, config, softmax, *twin_overrides, preset=start)
+        return model, output, None, unfinished(model, f"{name}_softmax")
+    twin, _ = train("_softmax", *twin_overrides)
     return model, output, twin, twin_phrase
 
 
