@@ -31,6 +31,7 @@ from keras_performer.ops._sums import (
     absorb,
     as_state,
     attend_chunk,
+    by_hand,
     features,
     initial_carry,
     keep_run,
@@ -135,25 +136,36 @@ def _causal(query, key, value, feature_map, operands, key_mask, runs, state):
     place = ops.arange(size)
     order = ops.expand_dims(place, -1) >= place
 
-    def step(carry, x, weights):
-        q, k, v, m, *step_runs = x
-        phi_q, _ = features(feature_map, q, weights, is_query=True)
-        phi_k, log_scale = key_features(feature_map, k, weights, m)
+    def attend(phi_q, phi_k, log_scale, v, *carry, segments=(None, None)):
         phi_q = by_chunks(phi_q, num_groups * size)
         phi_k, v = by_chunks(phi_k, size), by_chunks(v, size)
         if log_scale is not None:
             log_scale = by_chunks(log_scale, size)
-        visible, gate, run, edges = order, None, None, None
-        if step_runs:
-            run = ops.reshape(step_runs[0], (-1, count, size))
-            edges = run_edges(run, step_runs[1])
+        visible, gate, (run, edges) = order, None, segments
+        if edges is not None:
             visible = ops.logical_and(order, same_run(run, run))
             gate = reads_run(run, edges[:, :-1], num_groups)
         before, carry = sums_before(carry, phi_k, v, log_scale, run, edges)
         weighted = attend_chunk(
             phi_q, phi_k, log_scale, v, tile_rows(visible, num_groups), [(*before, gate)]
         )
-        return carry, (normalize(weighted),)
+        return normalize(weighted), *carry
+
+    def step(carry, x, weights):
+        q, k, v, m, *step_runs = x
+        phi_q, _ = features(feature_map, q, weights, is_query=True)
+        phi_k, log_scale = key_features(feature_map, k, weights, m)
+        tensors = (phi_q, phi_k, log_scale, v, *carry)
+        if step_runs:
+            run = ops.reshape(step_runs[0], (-1, count, size))
+            output, *carry = attend(*tensors, segments=(run, run_edges(run, step_runs[1])))
+        elif log_scale is not None and (hand := by_hand(*tensors)):
+            output, *carry = hand.causal_step(
+                attend, phi_q, phi_k, log_scale, v, *carry, count, tile_rows(order, num_groups)
+            )
+        else:
+            output, *carry = attend(*tensors)
+        return tuple(carry), (output,)
 
     carry, (output,) = scan(
         step,

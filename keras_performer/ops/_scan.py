@@ -150,7 +150,7 @@ def _torch_scan(
     return results[: len(carry)], results[len(carry) :]
 
 
-def _torch_gradients(
+def torch_gradients(
     outputs: Any, cotangents: Any, inputs: Any, create_graph: bool = False
 ) -> list[Any]:
     """The gradient of each input, None where it has none."""
@@ -200,25 +200,27 @@ def _torch_function() -> Any:
                 first = len(saved) - num_carry if ctx.reverse else split
                 tensors = (*saved[first : first + num_carry], *saved[:split])
                 last, ys, _ = _loop(ctx.body, *_split(tensors, ctx.sizes), ctx.reverse)
-                found = _torch_gradients((*last, *ys), grads, tensors, create_graph=True)
+                found = torch_gradients((*last, *ys), grads, tensors, create_graph=True)
                 return (None, None, None, *found)
             xs, weights, boundaries = saved[:num_xs], saved[num_xs:split], saved[split:]
             d_carry, d_ys = list(grads[:num_carry]), grads[num_carry:]
             d_weights: list[Any] = [None] * len(weights)
             d_xs: list[list[Any]] = [[None] * steps for _ in xs]
+            # A carry passes gradients on, whoever asks for them.
+            wanted = (*(True,) * num_carry, *ctx.needs_input_grad[3 + num_carry :])
             for i in range(steps) if ctx.reverse else reversed(range(steps)):
+                tensors = (
+                    *boundaries[i * num_carry : (i + 1) * num_carry],
+                    *(x[i] for x in xs),
+                    *weights,
+                )
                 inputs = [
-                    t.detach().requires_grad_(t.is_floating_point())
-                    for t in (
-                        *boundaries[i * num_carry : (i + 1) * num_carry],
-                        *(x[i] for x in xs),
-                        *weights,
-                    )
+                    t.detach().requires_grad_(w) for t, w in zip(tensors, wanted, strict=True)
                 ]
                 with torch.enable_grad():
                     carry, ys = ctx.body(*_split(inputs, ctx.sizes))
                 d_outputs = (*d_carry, *(None if g is None else g[i] for g in d_ys))
-                step = _torch_gradients((*carry, *ys), d_outputs, inputs)
+                step = torch_gradients((*carry, *ys), d_outputs, inputs)
                 d_carry = step[:num_carry]
                 for j in range(num_xs):
                     d_xs[j][i] = step[num_carry + j]

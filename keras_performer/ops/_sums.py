@@ -11,7 +11,7 @@ that floor. The largest feature of a query is 1, so every row with a visible key
 of at least exp(-70), and a quotient by it and its gradient stay within float32, at any norm.
 """
 
-from keras import ops
+from keras import backend, ops
 
 from keras_performer.ops._chunks import LOG_ZERO, dtype_of, exp, hide, same_run
 
@@ -34,6 +34,15 @@ def most_chunks(numbers):
     return max(1, min(_MOST_CHUNKS, _STEP_NUMBERS // numbers))
 
 
+def by_hand(*tensors):
+    """The module with gradients written out, where it applies to `tensors`, or None."""
+    if backend.backend() != "torch":
+        return None
+    from keras_performer.ops import _torch
+
+    return _torch if _torch.applies(*tensors) else None
+
+
 # What happens inside one chunk.
 
 
@@ -43,9 +52,9 @@ def features(feature_map, x, operands, *, is_query):
     if offset is None:
         return values, None
     top = ops.stop_gradient(ops.max(values, axis=-1, keepdims=True))
-    # PyTorch's `clip` and `maximum` take their bound as a tensor, six times as slowly.
-    phi = exp(ops.threshold(values - top, -_RANGE, -_RANGE))
-    return phi, top + offset
+    if hand := by_hand(values):
+        return hand.positive(values, top, -_RANGE), top + offset
+    return exp(ops.threshold(values - top, -_RANGE, -_RANGE)), top + offset
 
 
 def key_features(feature_map, key, operands, mask):

@@ -1,0 +1,166 @@
+"""What PyTorch runs by hand: the hot parts of a causal step, with their gradients written out.
+
+PyTorch fuses nothing, so on a CPU most of a step's time goes to passes over arrays and to calls.
+Each function here does with few of both what its namesakes in `keras.ops` do. Only the gradient is
+by hand: a derivative of it is left to PyTorch, and to the function's namesake.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from keras_performer.ops._chunks import LOG2_E, LOG_ZERO
+from keras_performer.ops._scan import torch_gradients
+
+Tensor = torch.Tensor
+
+
+def applies(*tensors: Any) -> bool:
+    """Whether this module can take tensors: they are of one type, and nothing traces them."""
+    return (
+        len({tensor.dtype for tensor in tensors}) == 1
+        and not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def positive(values: Tensor, top: Tensor, floor: float) -> Tensor:
+    """exp(max(values - top, floor)) for a floor above what underflows; `top` gets no gradient."""
+    return _Positive.apply(values, top, floor)
+
+
+def causal_step(
+    plain: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    phi_q: Tensor,
+    phi_k: Tensor,
+    log_scale: Tensor,
+    value: Tensor,
+    sums: Tensor,
+    scale: Tensor,
+    count: int,
+    visible: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attend in E = `count` causal chunks of keys, and to the sums of those before them.
+
+    Args:
+        plain: The same in `keras.ops`, of the six tensors.
+        phi_q: (B, K, E*R, M), R = G*C.
+        phi_k: (B, K, E*C, M).
+        log_scale: (B, K, E*C, 1).
+        value: (B, K, E*C, V+1).
+        sums: (B, K, M, V+1).
+        scale: (B, K, 1, 1).
+        count: E.
+        visible: Which pairs of a chunk are, boolean (R, C).
+
+    Returns:
+        The output (B, K, E, R, V), and the sums and the log scale after the last chunk.
+    """
+    return _CausalStep.apply(plain, count, visible, phi_q, phi_k, log_scale, value, sums, scale)
+
+
+class _Positive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, top: Tensor, floor: float) -> Tensor:
+        phi = torch.threshold_(values - top, floor, floor).exp_()
+        ctx.save_for_backward(phi)
+        ctx.floor = floor
+        return phi
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (phi,) = ctx.saved_tensors
+        # What was held at the floor has no gradient; its exponential may be an ulp or two off.
+        least = math.exp(ctx.floor) * (1 + 8 * torch.finfo(phi.dtype).eps)
+        return torch.ops.aten.threshold_backward(grads[0] * phi, phi, least), None, None
+
+
+class _CausalStep(torch.autograd.Function):
+    """With N = B*K below: `sums_before`, `attend_chunk` and `normalize`, without segments."""
+
+    @staticmethod
+    def forward(ctx: Any, plain: Any, count: int, visible: Tensor, *inputs: Tensor):
+        phi_q, phi_k, log_scale, value = (_by_chunks(x, count) for x in inputs[:4])
+        sums, scale = (x.flatten(0, 1) for x in inputs[4:])
+        largest = log_scale.amax(2, keepdim=True)
+        edges = torch.cat([scale.unsqueeze(1), largest], 1).cummax(1).values
+        before, after = edges[:, :-1], edges[:, 1:]
+        row_max = torch.maximum(log_scale.cummax(2).values, before).clamp_min_(LOG_ZERO / 2)
+        row_max = row_max.repeat(1, 1, phi_q.shape[2] // phi_k.shape[2], 1)
+        # What the features of each pair are scaled by, and those of what is read, kept and added.
+        decay = torch.where(visible, log_scale.mT, LOG_ZERO).sub_(row_max).mul_(LOG2_E).exp2_()
+        of_read = ((before - row_max) * LOG2_E).exp2_()
+        kept = ((before - after) * LOG2_E).exp2_()
+        of_key = ((log_scale - after) * LOG2_E).exp2_()
+        # From the sums after each chunk to those before later ones, (N, E, E).
+        across = (before.flatten(1).unsqueeze(2) - after.flatten(1).unsqueeze(1)).neg_()
+        across = across.mul_(LOG2_E).exp2_().tril_(-1)
+        weights = _product(phi_q, phi_k.mT).mul_(decay)
+        scaled = value * of_key
+        added = _product(phi_k.mT, scaled)
+        added[:, 0].addcmul_(sums, kept[:, 0])
+        read = torch.bmm(across, added.flatten(2)).view_as(added)  # the sums before each chunk
+        read[:, 0] = sums
+        last = added[:, 0] if count == 1 else torch.addcmul(added[:, -1], read[:, -1], kept[:, -1])
+        total = _product(weights, value).addcmul_(_product(phi_q, read), of_read)
+        denominator = total[..., -1:].clone()
+        seen = denominator > 0
+        output = torch.where(seen, total[..., :-1] / denominator, 0.0)
+        ctx.save_for_backward(
+            *(*inputs, weights, decay, of_read, kept, of_key, across),
+            *(scaled, read, denominator, seen, output),
+        )
+        ctx.plain, ctx.count = plain, count
+        shape = inputs[4].shape[:2]
+        last_scale = edges[:, -1].unflatten(0, shape)
+        ctx.mark_non_differentiable(last_scale)
+        return output.unflatten(0, shape), last.unflatten(0, shape), last_scale
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors  # which checkpointing lets a backward pass read once
+        inputs, (weights, decay, of_read, kept, of_key, across) = saved[:6], saved[6:12]
+        scaled, read, denominator, seen, output = saved[12:]
+        if torch.is_grad_enabled():  # for a derivative of the gradient
+            found = torch_gradients(ctx.plain(*inputs), grads, inputs, create_graph=True)
+            return (None, None, None, *found)
+        phi_q, phi_k, _, value = (_by_chunks(x, ctx.count) for x in inputs[:4])
+        d_output, d_last = grads[0].flatten(0, 1), grads[1].flatten(0, 1)
+        d_output = torch.where(seen, d_output / denominator, 0.0)
+        d_total = torch.cat([d_output, -(d_output * output).sum(-1, keepdim=True)], -1)
+        d_weights = _product(d_total, value.mT)
+        d_value = _product(weights.mT, d_total)
+        d_log_scale = (d_weights * weights).sum(2).unsqueeze(-1)
+        d_scores = d_weights.mul_(decay)
+        d_phi_q, d_phi_k = _product(d_scores, phi_k), _product(d_scores.mT, phi_q)
+        d_total.mul_(of_read)
+        d_read = _product(phi_q.mT, d_total)
+        d_first = d_read[:, 0].clone()
+        d_read[:, -1].addcmul_(d_last, kept[:, -1])
+        d_after = torch.bmm(across.mT, d_read.flatten(2)).view_as(d_read)
+        d_after[:, -1] = d_last
+        d_sums = torch.addcmul(d_first, d_after[:, 0], kept[:, 0])
+        _add_product(d_phi_q, d_total, read.mT)
+        _add_product(d_phi_k, scaled, d_after.mT)
+        d_scaled = _product(phi_k, d_after)
+        d_log_scale += (d_scaled * scaled).sum(-1, keepdim=True)
+        d_value.addcmul_(d_scaled, of_key)
+        found = (d_phi_q, d_phi_k, d_log_scale, d_value, d_sums)
+        found = (d.reshape(x.shape) for d, x in zip(found, inputs, strict=False))
+        return (None, None, None, *found, None)
+
+
+def _by_chunks(x: Tensor, count: int) -> Tensor:
+    """(B, K, E*L, ...) -> (N, E, L, ...)."""
+    return x.flatten(0, 1).unflatten(1, (count, -1))
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, a.shape[:2])
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    total.flatten(0, 1).baddbmm_(a.flatten(0, 1), b.flatten(0, 1))
