@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from keras_performer.ops._chunks import LOG2_E, LOG_ZERO
+from keras_performer.ops._chunks import LOG2_E, LOG_ZERO, hide
 from keras_performer.ops._scan import torch_gradients
 
 Tensor = torch.Tensor
@@ -91,7 +91,7 @@ class _CausalStep(torch.autograd.Function):
         row_max = torch.maximum(log_scale.cummax(2).values, before).clamp_min_(LOG_ZERO / 2)
         row_max = row_max.repeat(1, 1, phi_q.shape[2] // phi_k.shape[2], 1)
         # What the features of each pair are scaled by, and those of what is read, kept and added.
-        decay = torch.where(visible, log_scale.mT, LOG_ZERO).sub_(row_max).mul_(LOG2_E).exp2_()
+        decay = (hide(log_scale.mT, visible) - row_max).mul_(LOG2_E).exp2_()
         of_read = ((before - row_max) * LOG2_E).exp2_()
         kept = ((before - after) * LOG2_E).exp2_()
         of_key = ((log_scale - after) * LOG2_E).exp2_()
