@@ -1,4 +1,4 @@
-"""The causal step that PyTorch runs with gradients by hand, beside the one in `keras.ops`."""
+"""The steps that PyTorch runs with gradients by hand, beside those in `keras.ops`."""
 
 import keras
 import numpy as np
@@ -6,7 +6,7 @@ import pytest
 from tolerances import AGREEMENT, relative_rms
 
 from keras_performer.feature_maps import FavorPlus
-from keras_performer.ops import _chunked, _sums, favor_attention
+from keras_performer.ops import _blocked, _chunked, _sums, favor_attention
 
 if keras.config.backend() != "torch":
     pytest.skip("it concerns PyTorch", allow_module_level=True)
@@ -41,7 +41,7 @@ def plainly(monkeypatch):
 
     def call(fn):
         with monkeypatch.context() as patch:
-            for module in (_sums, _chunked):
+            for module in (_sums, _chunked, _blocked):
                 patch.setattr(module, "by_hand", lambda *tensors: None)
             return fn()
 
@@ -77,6 +77,55 @@ def test_derivatives_are_those_of_keras_ops(length, num_groups, scale, plainly):
         )
 
     for actual, expected in zip(attend(), plainly(attend), strict=True):
+        assert relative_rms(actual.detach(), expected.detach()) < 4 * AGREEMENT
+
+
+@pytest.mark.parametrize("scale", [1.0, 6.0])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("length", "num_groups"), [(70, 1), (300, 2), (1500, 1)])
+def test_derivatives_of_blocks_are_those_of_keras_ops(length, num_groups, causal, scale, plainly):
+    query, key, value, mask, feature_map = inputs(length, num_groups, scale)
+
+    def attend():
+        output = favor_attention(
+            query, key, value, feature_map, causal=causal, key_mask=mask, exact_window=16
+        )
+        return derivatives(output, (query, key, value))
+
+    for actual, expected in zip(attend(), plainly(attend), strict=True):
+        assert relative_rms(actual.detach(), expected.detach()) < 4 * AGREEMENT
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"causal": True},
+        {},
+        {"trainable": True},
+        {"segments": True},
+        {"exact_window": 8},
+        {"exact_window": 8, "segments": True},
+    ],
+    ids=str,
+)
+def test_derivatives_over_steps_are_those_of_the_reference(options, monkeypatch):
+    # One input of a walk may be computed from another, as sums are from keys.
+    monkeypatch.setattr(_sums, "_STEP_NUMBERS", 1)
+    monkeypatch.setattr(_blocked, "_STEP", 16)
+    options = dict(options)
+    query, key, value, *_ = inputs(200)
+    if options.pop("segments", False):
+        options["segment_ids"] = (torch.arange(200) // 70).expand(2, 200)
+    feature_map = FavorPlus(32, seed=1, trainable_projection=options.pop("trainable", False))
+
+    def attend(implementation):
+        output = favor_attention(
+            query, key, value, feature_map, implementation=implementation, **options
+        )
+        weights = [variable.value for variable in feature_map.trainable_variables]
+        return derivatives(output, (query, key, value, *weights))
+
+    for actual, expected in zip(attend("auto"), attend("reference"), strict=True):
         assert relative_rms(actual.detach(), expected.detach()) < 4 * AGREEMENT
 
 

@@ -33,6 +33,7 @@ from keras_performer.ops._near_field import NearField
 from keras_performer.ops._scan import carries_of, scan
 from keras_performer.ops._sums import (
     absorb,
+    by_hand,
     combine,
     features,
     initial_carry,
@@ -124,21 +125,18 @@ def attend(
         weights, sink = weights[: len(operands)], weights[len(operands) :]
         q = tile["query"]
         k, v, m = (by_chunks(tile[name], window) for name in ("key", "value", "mask"))
-        near_key, near_value, near_mask = (_near_blocks(x, size) for x in (k, v, m))
-        visible = ops.logical_and(order, ops.expand_dims(near_mask, 3))
-        logits = [_logits(q, near_key, visible)]
-        near_values = [near_value]
+        near_visible = ops.logical_and(order, ops.expand_dims(_near_blocks(m, size), 3))
+        others = ()
         if sink:
-            visible = _sees_sinks(tile["block"], key_mask[:, :, :count], window, causal)
-            sink_key, sink_value = (ops.expand_dims(x, 2) for x in sink)
-            logits.append(_logits(q, sink_key, visible))
-            near_values.append(sink_value)
-        row_max = LOG_ZERO / 2
-        for x in logits:
-            row_max = ops.maximum(row_max, ops.max(x, axis=-1, keepdims=True))
+            sees = _sees_sinks(tile["block"], key_mask[:, :, :count], window, causal)
+            others = (*(ops.expand_dims(x, 2) for x in sink), sees)
+
+        def weigh(q, k, v, *far):
+            near = (_near_blocks(k, size), _near_blocks(v, size), near_visible)
+            return _weigh(far, q, near, *((others,) if others else ()))
+
         if not has_far:
-            row_max = ops.stop_gradient(row_max)
-            return carry, (normalize(_weigh(logits, near_values, row_max)),)
+            return carry, (weigh(q, k, v),)
         phi_q, log_q = features(feature_map, q, weights, is_query=True)
         if causal:  # the last block is none that the step's queries read
             keys = _block_features(tile, feature_map, weights, window, size)
@@ -147,11 +145,10 @@ def attend(
             keys = _block_features(tile, feature_map, weights, window, size + 2)
             outer = [(tile[f"{side}_sums"], tile[f"{side}_scale"]) for side in sides]
             read, scale = combine(*side_by_side(outer, sums_of_chunks(*keys)), seen)
-        scale = log_q + scale
-        row_max = ops.stop_gradient(ops.maximum(row_max, scale))
-        total = _weigh(logits, near_values, row_max)
-        total = total + exp(scale - row_max) * ops.matmul(phi_q, read)
-        return carry, (normalize(total),)
+        tensors = (q, k, v, phi_q, read, log_q + scale)
+        if not sink and (hand := by_hand(*tensors)):
+            return carry, (hand.block_step(weigh, *tensors, near_visible),)
+        return carry, (weigh(*tensors),)
 
     _, (output,) = scan(
         step,
@@ -219,15 +216,25 @@ def _sees_sinks(block, sink_mask, window, causal):
     return ops.expand_dims(visible, 3)
 
 
-def _logits(query, key, visible):
-    scores = ops.matmul(query * query.shape[-1] ** -0.5, ops.swapaxes(key, -1, -2))
-    return hide(scores, visible)
+def _weigh(far, query, *near):
+    """The outputs of queries that see keys exactly, and sums of features beside them.
 
-
-def _weigh(logits, values, row_max):
-    """The sum of values by exact scores."""
-    parts = [ops.matmul(exp(x - row_max), v) for x, v in zip(logits, values, strict=True)]
-    return sum(parts[1:], parts[0])
+    `far` is empty or the features of the queries, the sums that they read, and the log scale of the
+    two. Of `near` each is keys, values, and which of them are visible.
+    """
+    query = query * query.shape[-1] ** -0.5
+    logits = [
+        hide(ops.matmul(query, ops.swapaxes(key, -1, -2)), visible) for key, _, visible in near
+    ]
+    row_max = LOG_ZERO / 2
+    for x in (*(ops.max(x, axis=-1, keepdims=True) for x in logits), *far[2:]):
+        row_max = ops.maximum(row_max, x)
+    row_max = ops.stop_gradient(row_max)
+    parts = [ops.matmul(exp(x - row_max), v) for x, (_, v, _) in zip(logits, near, strict=True)]
+    if far:
+        phi, sums, scale = far
+        parts.append(exp(scale - row_max) * ops.matmul(phi, sums))
+    return normalize(sum(parts[1:], parts[0]))
 
 
 # Sums of features.

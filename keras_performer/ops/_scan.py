@@ -150,7 +150,16 @@ def _torch_scan(
     return results[: len(carry)], results[len(carry) :]
 
 
-def torch_gradients(
+def torch_gradients_again(
+    function: Callable[..., Tensors], cotangents: Any, inputs: Any
+) -> list[Any]:
+    """The gradient of each input of a function, to be differentiated: it keeps everything."""
+    # Of views: where one input was computed from another, the other's has no path through it.
+    views = [tensor.view_as(tensor) for tensor in inputs]
+    return _torch_gradients(function(*views), cotangents, views, create_graph=True)
+
+
+def _torch_gradients(
     outputs: Any, cotangents: Any, inputs: Any, create_graph: bool = False
 ) -> list[Any]:
     """The gradient of each input, None where it has none."""
@@ -196,12 +205,15 @@ def _torch_function() -> Any:
             saved = ctx.saved_tensors  # which checkpointing lets a backward pass read once
             steps = saved[0].shape[0]
             split = len(saved) - steps * num_carry
-            if torch.is_grad_enabled():  # for a derivative of the gradient, which keeps everything
+            if torch.is_grad_enabled():  # for a derivative of the gradient
                 first = len(saved) - num_carry if ctx.reverse else split
                 tensors = (*saved[first : first + num_carry], *saved[:split])
-                last, ys, _ = _loop(ctx.body, *_split(tensors, ctx.sizes), ctx.reverse)
-                found = torch_gradients((*last, *ys), grads, tensors, create_graph=True)
-                return (None, None, None, *found)
+
+                def results(*tensors: Any) -> Tensors:
+                    last, ys, _ = _loop(ctx.body, *_split(tensors, ctx.sizes), ctx.reverse)
+                    return (*last, *ys)
+
+                return (None, None, None, *torch_gradients_again(results, grads, tensors))
             xs, weights, boundaries = saved[:num_xs], saved[num_xs:split], saved[split:]
             d_carry, d_ys = list(grads[:num_carry]), grads[num_carry:]
             d_weights: list[Any] = [None] * len(weights)
@@ -220,7 +232,7 @@ def _torch_function() -> Any:
                 with torch.enable_grad():
                     carry, ys = ctx.body(*_split(inputs, ctx.sizes))
                 d_outputs = (*d_carry, *(None if g is None else g[i] for g in d_ys))
-                step = torch_gradients((*carry, *ys), d_outputs, inputs)
+                step = _torch_gradients((*carry, *ys), d_outputs, inputs)
                 d_carry = step[:num_carry]
                 for j in range(num_xs):
                     d_xs[j][i] = step[num_carry + j]

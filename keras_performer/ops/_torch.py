@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from keras_performer.ops._chunks import LOG2_E, LOG_ZERO, hide
-from keras_performer.ops._scan import torch_gradients
+from keras_performer.ops._scan import torch_gradients_again
 
 Tensor = torch.Tensor
 
@@ -62,6 +62,34 @@ def causal_step(
     return _CausalStep.apply(plain, count, visible, phi_q, phi_k, log_scale, value, sums, scale)
 
 
+def block_step(
+    plain: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    phi_q: Tensor,
+    read: Tensor,
+    scale: Tensor,
+    visible: Tensor,
+) -> Tensor:
+    """Attend to near keys exactly and to sums of features, in G blocks.
+
+    Args:
+        plain: The same in `keras.ops`, of the six tensors.
+        query: (B, K, G, R, H).
+        key: (B, K, E, W, H), blocks and E - G neighbours: each block sees 1 + E - G, its near ones.
+        value: (B, K, E, W, V+1).
+        phi_q: (B, K, G, R, M).
+        read: Sums that each block reads, (B, K, G, M, V+1).
+        scale: The log scale of what a row reads, (B, K, G, R, 1).
+        visible: Which near keys are, boolean, broadcast to (B, K, G, R, (1 + E - G) W).
+
+    Returns:
+        The output (B, K, G, R, V).
+    """
+    return _BlockStep.apply(plain, visible, query, key, value, phi_q, read, scale)
+
+
 class _Positive(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, top: Tensor, floor: float) -> Tensor:
@@ -106,12 +134,10 @@ class _CausalStep(torch.autograd.Function):
         read[:, 0] = sums
         last = added[:, 0] if count == 1 else torch.addcmul(added[:, -1], read[:, -1], kept[:, -1])
         total = _product(weights, value).addcmul_(_product(phi_q, read), of_read)
-        denominator = total[..., -1:].clone()
-        seen = denominator > 0
-        output = torch.where(seen, total[..., :-1] / denominator, 0.0)
+        output, denominator = _normalized(total)
         ctx.save_for_backward(
             *(*inputs, weights, decay, of_read, kept, of_key, across),
-            *(scaled, read, denominator, seen, output),
+            *(scaled, read, output, denominator),
         )
         ctx.plain, ctx.count = plain, count
         shape = inputs[4].shape[:2]
@@ -123,14 +149,12 @@ class _CausalStep(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         saved = ctx.saved_tensors  # which checkpointing lets a backward pass read once
         inputs, (weights, decay, of_read, kept, of_key, across) = saved[:6], saved[6:12]
-        scaled, read, denominator, seen, output = saved[12:]
+        scaled, read, output, denominator = saved[12:]
         if torch.is_grad_enabled():  # for a derivative of the gradient
-            found = torch_gradients(ctx.plain(*inputs), grads, inputs, create_graph=True)
-            return (None, None, None, *found)
+            return (None, None, None, *torch_gradients_again(ctx.plain, grads, inputs))
         phi_q, phi_k, _, value = (_by_chunks(x, ctx.count) for x in inputs[:4])
-        d_output, d_last = grads[0].flatten(0, 1), grads[1].flatten(0, 1)
-        d_output = torch.where(seen, d_output / denominator, 0.0)
-        d_total = torch.cat([d_output, -(d_output * output).sum(-1, keepdim=True)], -1)
+        d_last = grads[1].flatten(0, 1)
+        d_total = _gradient_of_total(grads[0].flatten(0, 1), output, denominator)
         d_weights = _product(d_total, value.mT)
         d_value = _product(weights.mT, d_total)
         d_log_scale = (d_weights * weights).sum(2).unsqueeze(-1)
@@ -153,13 +177,79 @@ class _CausalStep(torch.autograd.Function):
         return (None, None, None, *found, None)
 
 
+class _BlockStep(torch.autograd.Function):
+    """Keys weighed exactly and sums of features beside them, in G blocks."""
+
+    @staticmethod
+    def forward(ctx: Any, plain: Any, visible: Tensor, *inputs: Tensor):
+        query, key, value, phi_q, read, scale = inputs
+        key, value = _near_blocks(key, query.shape[2]), _near_blocks(value, query.shape[2])
+        scaled = query * query.shape[-1] ** -0.5
+        weights = hide(_product(scaled, key.mT), visible)
+        row_max = torch.maximum(weights.amax(-1, keepdim=True), scale).clamp_min_(LOG_ZERO / 2)
+        weights.sub_(row_max).mul_(LOG2_E).exp2_()
+        of_read = ((scale - row_max) * LOG2_E).exp2_()
+        far = _product(phi_q, read).mul_(of_read)
+        output, denominator = _normalized(_product(weights, value).add_(far))
+        ctx.save_for_backward(
+            *(*inputs, key, value, scaled, weights, of_read, far, output, denominator)
+        )
+        ctx.plain = plain
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for a derivative of the gradient
+            found = torch_gradients_again(lambda *x: (ctx.plain(*x),), grads, saved[:6])
+            return (None, None, *found)
+        query, blocks, _, phi_q, read, _, key, value, scaled, weights, of_read, far, *rest = saved
+        d_total = _gradient_of_total(grads[0], *rest)
+        count = blocks.shape[2]
+        d_value = _sum_near_blocks(_product(weights.mT, d_total), count)
+        d_logits = _product(d_total, value.mT).mul_(weights)
+        d_query = _product(d_logits, key).mul_(query.shape[-1] ** -0.5)
+        d_key = _sum_near_blocks(_product(d_logits.mT, scaled), count)
+        d_scale = (d_total * far).sum(-1, keepdim=True)
+        d_total.mul_(of_read)
+        d_phi_q, d_read = _product(d_total, read.mT), _product(phi_q.mT, d_total)
+        return (None, None, d_query, d_key, d_value, d_phi_q, d_read, d_scale)
+
+
+def _near_blocks(x: Tensor, size: int) -> Tensor:
+    """(B, K, E, W, ...) -> (B, K, G, (1 + E - G) W, ...), G = `size`."""
+    return torch.cat([x[:, :, i : i + size] for i in range(x.shape[2] - size + 1)], 3)
+
+
+def _sum_near_blocks(x: Tensor, count: int) -> Tensor:
+    """The gradient of `_near_blocks` of E = `count` blocks."""
+    size = x.shape[2]
+    parts = x.chunk(1 + count - size, 3)
+    total = x.new_zeros((*x.shape[:2], count, *parts[0].shape[3:]))
+    for i, found in enumerate(parts):
+        total[:, :, i : i + size] += found
+    return total
+
+
+def _normalized(total: Tensor) -> tuple[Tensor, Tensor]:
+    """`normalize`, and the denominators."""
+    denominator = total[..., -1:].clone()
+    return torch.where(denominator > 0, total[..., :-1] / denominator, 0.0), denominator
+
+
+def _gradient_of_total(d_output: Tensor, output: Tensor, denominator: Tensor) -> Tensor:
+    d_output = torch.where(denominator > 0, d_output / denominator, 0.0)
+    return torch.cat([d_output, -(d_output * output).sum(-1, keepdim=True)], -1)
+
+
 def _by_chunks(x: Tensor, count: int) -> Tensor:
     """(B, K, E*L, ...) -> (N, E, L, ...)."""
     return x.flatten(0, 1).unflatten(1, (count, -1))
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, a.shape[:2])
+    leading = a.shape[:-2]
+    return torch.bmm(a.flatten(0, -3), b.flatten(0, -3)).unflatten(0, leading)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
