@@ -38,6 +38,7 @@ from keras_performer.ops._sums import (
     key_features,
     most_chunks,
     no_carry,
+    read,
     run_edges,
     sums_before,
 )
@@ -111,12 +112,12 @@ def _bidirectional(query, key, value, feature_map, operands, key_mask, state):
     size, num_chunks = plan(length, CHUNK * most)
     queries = split_rows(query, size, num_chunks)
 
-    def read(carry, x, weights):
+    def attend(carry, x, weights):
         phi, _ = features(feature_map, x[0], weights[1:], is_query=True)
-        return carry, (normalize(ops.matmul(phi, weights[0])),)
+        return carry, (read(phi, weights[0]),)
 
     _, (output,) = scan(
-        read,
+        attend,
         no_carry(query),
         (queries,),
         (carry[0], *operands),

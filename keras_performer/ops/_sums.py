@@ -13,7 +13,7 @@ of at least exp(-70), and a quotient by it and its gradient stay within float32,
 
 from keras import backend, ops
 
-from keras_performer.ops._chunks import LOG_ZERO, dtype_of, exp, hide, same_run
+from keras_performer.ops._chunks import LOG_ZERO, dtype_of, exp, hide, normalize, same_run
 
 # A feature over the smallest denominator is exp(70) then, and a sum of 1e7 of these a float32.
 _RANGE = 70.0
@@ -96,6 +96,23 @@ def attend_chunk(phi_q, phi_k, log_scale, value, visible, reads):
 def absorb(carry, value, phi, log_scale):
     """Add a chunk of keys to the sums (B, K, M, V+1), rescaled to the larger log scale."""
     sums, scale = carry
+    if log_scale is not None and (hand := by_hand(sums, scale, value, phi, log_scale)):
+        return hand.absorb(_absorb, sums, scale, value, phi, log_scale)
+    return _absorb(sums, scale, value, phi, log_scale)
+
+
+def read(phi, sums):
+    """The outputs (B, K, R, V) of queries that see the sums (B, K, M, V+1) alone."""
+    if hand := by_hand(phi, sums):
+        return hand.read(_read, phi, sums)
+    return _read(phi, sums)
+
+
+def _read(phi, sums):
+    return normalize(ops.matmul(phi, sums))
+
+
+def _absorb(sums, scale, value, phi, log_scale):
     if log_scale is not None:
         larger = ops.maximum(scale, ops.stop_gradient(ops.max(log_scale, axis=-2, keepdims=True)))
         sums = sums * exp(scale - larger)

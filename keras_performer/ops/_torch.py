@@ -32,6 +32,35 @@ def positive(values: Tensor, top: Tensor, floor: float) -> Tensor:
     return _Positive.apply(values, top, floor)
 
 
+def absorb(
+    plain: Callable[..., tuple[Tensor, Tensor]],
+    sums: Tensor,
+    scale: Tensor,
+    value: Tensor,
+    phi: Tensor,
+    log_scale: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Add keys to sums.
+
+    Args:
+        plain: The same in `keras.ops`, of the five tensors.
+        sums: (..., M, V+1).
+        scale: (..., 1, 1).
+        value: (..., C, V+1).
+        phi: (..., C, M).
+        log_scale: (..., C, 1).
+
+    Returns:
+        The sums and their log scale.
+    """
+    return _Absorb.apply(plain, sums, scale, value, phi, log_scale)
+
+
+def read(plain: Callable[..., Tensor], phi: Tensor, sums: Tensor) -> Tensor:
+    """The outputs (..., R, V) of features (..., R, M) that see sums (..., M, V+1); see `absorb`."""
+    return _Read.apply(plain, phi, sums)
+
+
 def causal_step(
     plain: Callable[..., tuple[Tensor, Tensor, Tensor]],
     phi_q: Tensor,
@@ -103,7 +132,56 @@ class _Positive(torch.autograd.Function):
         (phi,) = ctx.saved_tensors
         # What was held at the floor has no gradient; its exponential may be an ulp or two off.
         least = math.exp(ctx.floor) * (1 + 8 * torch.finfo(phi.dtype).eps)
-        return torch.ops.aten.threshold_backward(grads[0] * phi, phi, least), None, None
+        d_values = grads[0] * phi
+        if torch.is_grad_enabled():  # for a derivative of the gradient
+            return torch.ops.aten.threshold_backward(d_values, phi, least), None, None
+        torch.ops.aten.threshold_backward.grad_input(d_values, phi, least, grad_input=d_values)
+        return d_values, None, None
+
+
+class _Absorb(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, plain: Any, *inputs: Tensor):
+        sums, scale, value, phi, log_scale = inputs
+        larger = torch.maximum(scale, log_scale.amax(-2, keepdim=True))
+        kept = ((scale - larger) * LOG2_E).exp2_()
+        of_key = ((log_scale - larger) * LOG2_E).exp2_()
+        scaled = value * of_key
+        total = sums * kept
+        _add_product(total, phi.mT, scaled)
+        ctx.save_for_backward(*inputs, kept, of_key, scaled)
+        ctx.plain = plain
+        ctx.mark_non_differentiable(larger)
+        return total, larger
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for a derivative of the gradient
+            return (None, *torch_gradients_again(ctx.plain, grads, saved[:5]))
+        phi, _, kept, of_key, scaled = saved[3:]
+        d_scaled = _product(phi, grads[0])
+        d_phi = _product(scaled, grads[0].mT)
+        d_log_scale = (d_scaled * scaled).sum(-1, keepdim=True)
+        return None, grads[0] * kept, None, d_scaled.mul_(of_key), d_phi, d_log_scale
+
+
+class _Read(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, plain: Any, *inputs: Tensor):
+        output, denominator = _normalized(_product(*inputs))
+        ctx.save_for_backward(*inputs, output, denominator)
+        ctx.plain = plain
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        phi, sums, output, denominator = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for a derivative of the gradient
+            found = torch_gradients_again(lambda *x: (ctx.plain(*x),), grads, (phi, sums))
+            return (None, *found)
+        d_total = _gradient_of_total(grads[0], output, denominator)
+        return None, _product(d_total, sums.mT), _product(phi.mT, d_total)
 
 
 class _CausalStep(torch.autograd.Function):
@@ -253,4 +331,5 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    total.flatten(0, 1).baddbmm_(a.flatten(0, 1), b.flatten(0, 1))
+    """In place, so `total` is contiguous."""
+    total.flatten(0, -3).baddbmm_(a.flatten(0, -3), b.flatten(0, -3))
