@@ -1,8 +1,8 @@
-"""What PyTorch runs by hand: the hot parts of a causal step, with their gradients written out.
+"""What PyTorch runs by hand: the hot parts of a step, with their gradients written out.
 
 PyTorch fuses nothing, so on a CPU most of a step's time goes to passes over arrays and to calls.
-Each function here does with few of both what its namesakes in `keras.ops` do. Only the gradient is
-by hand: a derivative of it is left to PyTorch, and to the function's namesake.
+Each function here does with few of both what others do in `keras.ops`. Only the gradient is by
+hand: a derivative of it is left to PyTorch, and to the function in `keras.ops`, `plain`.
 """
 
 import math
@@ -185,7 +185,7 @@ class _Read(torch.autograd.Function):
 
 
 class _CausalStep(torch.autograd.Function):
-    """With N = B*K below: `sums_before`, `attend_chunk` and `normalize`, without segments."""
+    """`sums_before`, `attend_chunk` and `normalize`, without segments. Below N = B*K."""
 
     @staticmethod
     def forward(ctx: Any, plain: Any, count: int, visible: Tensor, *inputs: Tensor):
@@ -326,10 +326,9 @@ def _by_chunks(x: Tensor, count: int) -> Tensor:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    leading = a.shape[:-2]
-    return torch.bmm(a.flatten(0, -3), b.flatten(0, -3)).unflatten(0, leading)
+    return torch.bmm(a.flatten(0, -3), b.flatten(0, -3)).unflatten(0, a.shape[:-2])
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """In place, so `total` is contiguous."""
-    total.flatten(0, -3).baddbmm_(a.flatten(0, -3), b.flatten(0, -3))
+    # A view, because a copy would take the sum in its place.
+    total.view(-1, *total.shape[-2:]).baddbmm_(a.flatten(0, -3), b.flatten(0, -3))
