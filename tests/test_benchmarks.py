@@ -22,6 +22,7 @@ def test_the_state_of_the_performer_has_one_size_and_that_of_softmax_grows():
 
 
 @pytest.mark.slow_on_jax
+@pytest.mark.slow_on_tensorflow
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_attention_is_timed_at_every_length_and_drawn(bidirectional, tmp_path):
     arguments = ["--lengths", "40", "70", "--rounds", "1", "--out", str(tmp_path)]

@@ -156,6 +156,7 @@ def test_a_masked_language_model_is_drawn(tmp_path):
 
 
 @pytest.mark.slow_on_jax
+@pytest.mark.slow_on_tensorflow
 def test_a_token_classifier_is_drawn(tmp_path):
     save_classifier(tmp_path / "preset")
     (tmp_path / "p.fasta").write_text(">P1\nMKTAYIAKQRQISF\n", encoding="utf-8")

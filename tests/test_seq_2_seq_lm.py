@@ -7,6 +7,7 @@ import keras_hub
 import numpy as np
 import pytest
 from gradients import call
+from marks import slow_where_compiled
 from test_causal_lm import KINDS, make_backbone, make_tokens
 from tolerances import assert_close, to_numpy
 
@@ -83,7 +84,7 @@ def test_decoding_with_a_state_equals_one_call(kind):
     assert_close(np.concatenate(outputs, axis=1), expected["decoder_sequence_output"], "layer")
 
 
-@pytest.mark.parametrize("kind", ["performer", "softmax"])
+@pytest.mark.parametrize("kind", ["performer", *slow_where_compiled("softmax")])
 def test_greedy_tokens_are_those_of_full_passes(kind):
     model = make_model(tie_weights=False, **KINDS[kind])
     prompts = {"encoder_text": ["MKTAYI", "MK", "AWLL"], "decoder_text": ["M", "MKT", ""]}
