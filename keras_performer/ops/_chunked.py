@@ -112,12 +112,12 @@ def _bidirectional(query, key, value, feature_map, operands, key_mask, state):
     size, num_chunks = plan(length, CHUNK * most)
     queries = split_rows(query, size, num_chunks)
 
-    def attend(carry, x, weights):
+    def step(carry, x, weights):
         phi, _ = features(feature_map, x[0], weights[1:], is_query=True)
         return carry, (read(phi, weights[0]),)
 
     _, (output,) = scan(
-        attend,
+        step,
         no_carry(query),
         (queries,),
         (carry[0], *operands),
@@ -135,21 +135,21 @@ def _causal(query, key, value, feature_map, operands, key_mask, runs, state):
     queries = ops.reshape(rows, (*ops.shape(rows)[:3], -1, query.shape[-1]))
     run_steps = () if runs is None else _run_chunks(runs, count * size, num_steps)
     place = ops.arange(size)
-    order = ops.expand_dims(place, -1) >= place
+    order = tile_rows(ops.expand_dims(place, -1) >= place, num_groups)
 
-    def attend(phi_q, phi_k, log_scale, v, *carry, segments=(None, None)):
+    def attend_chunks(phi_q, phi_k, log_scale, v, sums, scale, *step_runs):
         phi_q = by_chunks(phi_q, num_groups * size)
         phi_k, v = by_chunks(phi_k, size), by_chunks(v, size)
         if log_scale is not None:
             log_scale = by_chunks(log_scale, size)
-        visible, gate, (run, edges) = order, None, segments
-        if edges is not None:
-            visible = ops.logical_and(order, same_run(run, run))
+        visible, gate, run, edges = order, None, None, None
+        if step_runs:
+            run = ops.reshape(step_runs[0], (-1, count, size))
+            edges = run_edges(run, step_runs[1])
+            visible = ops.logical_and(order, tile_rows(same_run(run, run), num_groups))
             gate = reads_run(run, edges[:, :-1], num_groups)
-        before, carry = sums_before(carry, phi_k, v, log_scale, run, edges)
-        weighted = attend_chunk(
-            phi_q, phi_k, log_scale, v, tile_rows(visible, num_groups), [(*before, gate)]
-        )
+        before, carry = sums_before((sums, scale), phi_k, v, log_scale, run, edges)
+        weighted = attend_chunk(phi_q, phi_k, log_scale, v, visible, [(*before, gate)])
         return normalize(weighted), *carry
 
     def step(carry, x, weights):
@@ -157,15 +157,12 @@ def _causal(query, key, value, feature_map, operands, key_mask, runs, state):
         phi_q, _ = features(feature_map, q, weights, is_query=True)
         phi_k, log_scale = key_features(feature_map, k, weights, m)
         tensors = (phi_q, phi_k, log_scale, v, *carry)
-        if step_runs:
-            run = ops.reshape(step_runs[0], (-1, count, size))
-            output, *carry = attend(*tensors, segments=(run, run_edges(run, step_runs[1])))
-        elif log_scale is not None and (hand := by_hand(*tensors)):
+        if log_scale is not None and not step_runs and (hand := by_hand(*tensors)):
             output, *carry = hand.causal_step(
-                attend, phi_q, phi_k, log_scale, v, *carry, count, tile_rows(order, num_groups)
+                attend_chunks, phi_q, phi_k, log_scale, v, *carry, count, order
             )
         else:
-            output, *carry = attend(*tensors)
+            output, *carry = attend_chunks(*tensors, *step_runs)
         return tuple(carry), (output,)
 
     carry, (output,) = scan(

@@ -150,13 +150,16 @@ def _torch_scan(
     return results[: len(carry)], results[len(carry) :]
 
 
-def torch_gradients_again(
-    function: Callable[..., Tensors], cotangents: Any, inputs: Any
-) -> list[Any]:
-    """The gradient of each input of a function, to be differentiated: it keeps everything."""
+def torch_gradients_again(function: Callable[..., Any], cotangents: Any, inputs: Any) -> list[Any]:
+    """The gradient of each input of a function, to be differentiated: it keeps everything.
+
+    The function returns a tensor or a tuple of them.
+    """
     # Of views: where one input was computed from another, the other's has no path through it.
     views = [tensor.view_as(tensor) for tensor in inputs]
-    return _torch_gradients(function(*views), cotangents, views, create_graph=True)
+    outputs = function(*views)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return _torch_gradients(outputs, cotangents, views, create_graph=True)
 
 
 def _torch_gradients(

@@ -106,12 +106,12 @@ def block_step(
     Args:
         plain: The same in `keras.ops`, of the six tensors.
         query: (B, K, G, R, H).
-        key: (B, K, E, W, H), blocks and E - G neighbours: each block sees 1 + E - G, its near ones.
-        value: (B, K, E, W, V+1).
+        key: (B, K, G, L, H), near ones.
+        value: (B, K, G, L, V+1).
         phi_q: (B, K, G, R, M).
         read: Sums that each block reads, (B, K, G, M, V+1).
         scale: The log scale of what a row reads, (B, K, G, R, 1).
-        visible: Which near keys are, boolean, broadcast to (B, K, G, R, (1 + E - G) W).
+        visible: Which near keys are, boolean, broadcast to (B, K, G, R, L).
 
     Returns:
         The output (B, K, G, R, V).
@@ -178,8 +178,7 @@ class _Read(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         phi, sums, output, denominator = ctx.saved_tensors
         if torch.is_grad_enabled():  # for a derivative of the gradient
-            found = torch_gradients_again(lambda *x: (ctx.plain(*x),), grads, (phi, sums))
-            return (None, *found)
+            return (None, *torch_gradients_again(ctx.plain, grads, (phi, sums)))
         d_total = _gradient_of_total(grads[0], output, denominator)
         return None, _product(d_total, sums.mT), _product(phi.mT, d_total)
 
@@ -261,7 +260,6 @@ class _BlockStep(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plain: Any, visible: Tensor, *inputs: Tensor):
         query, key, value, phi_q, read, scale = inputs
-        key, value = _near_blocks(key, query.shape[2]), _near_blocks(value, query.shape[2])
         scaled = query * query.shape[-1] ** -0.5
         weights = hide(_product(scaled, key.mT), visible)
         row_max = torch.maximum(weights.amax(-1, keepdim=True), scale).clamp_min_(LOG_ZERO / 2)
@@ -269,9 +267,7 @@ class _BlockStep(torch.autograd.Function):
         of_read = ((scale - row_max) * LOG2_E).exp2_()
         far = _product(phi_q, read).mul_(of_read)
         output, denominator = _normalized(_product(weights, value).add_(far))
-        ctx.save_for_backward(
-            *(*inputs, key, value, scaled, weights, of_read, far, output, denominator)
-        )
+        ctx.save_for_backward(*inputs, scaled, weights, of_read, far, output, denominator)
         ctx.plain = plain
         return output
 
@@ -279,34 +275,17 @@ class _BlockStep(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         saved = ctx.saved_tensors
         if torch.is_grad_enabled():  # for a derivative of the gradient
-            found = torch_gradients_again(lambda *x: (ctx.plain(*x),), grads, saved[:6])
-            return (None, None, *found)
-        query, blocks, _, phi_q, read, _, key, value, scaled, weights, of_read, far, *rest = saved
+            return (None, None, *torch_gradients_again(ctx.plain, grads, saved[:6]))
+        query, key, value, phi_q, read, _, scaled, weights, of_read, far, *rest = saved
         d_total = _gradient_of_total(grads[0], *rest)
-        count = blocks.shape[2]
-        d_value = _sum_near_blocks(_product(weights.mT, d_total), count)
+        d_value = _product(weights.mT, d_total)
         d_logits = _product(d_total, value.mT).mul_(weights)
         d_query = _product(d_logits, key).mul_(query.shape[-1] ** -0.5)
-        d_key = _sum_near_blocks(_product(d_logits.mT, scaled), count)
+        d_key = _product(d_logits.mT, scaled)
         d_scale = (d_total * far).sum(-1, keepdim=True)
         d_total.mul_(of_read)
         d_phi_q, d_read = _product(d_total, read.mT), _product(phi_q.mT, d_total)
         return (None, None, d_query, d_key, d_value, d_phi_q, d_read, d_scale)
-
-
-def _near_blocks(x: Tensor, size: int) -> Tensor:
-    """(B, K, E, W, ...) -> (B, K, G, (1 + E - G) W, ...), G = `size`."""
-    return torch.cat([x[:, :, i : i + size] for i in range(x.shape[2] - size + 1)], 3)
-
-
-def _sum_near_blocks(x: Tensor, count: int) -> Tensor:
-    """The gradient of `_near_blocks` of E = `count` blocks."""
-    size = x.shape[2]
-    parts = x.chunk(1 + count - size, 3)
-    total = x.new_zeros((*x.shape[:2], count, *parts[0].shape[3:]))
-    for i, found in enumerate(parts):
-        total[:, :, i : i + size] += found
-    return total
 
 
 def _normalized(total: Tensor) -> tuple[Tensor, Tensor]:
