@@ -359,8 +359,7 @@ class PerformerAttention(keras.layers.Layer):
         outer_shape = None
         query, key, value = self._query_dense(query), self._key_dense(key), self._value_dense(value)
         if self.qk_norm:
-            query = self._query_norm(query) * self.key_dim**-0.25
-            key = self._key_norm(key) * self.key_dim**-0.25
+            query, key = self._query_norm(query), self._key_norm(key)
         if rank > 3:
             moved = [_batch_outer_axes(x, axis) for x in (query, key, value)]
             outer_shape = moved[0][1]
@@ -476,7 +475,7 @@ class PerformerAttention(keras.layers.Layer):
         key_mask = merge_masks(value, key_mask)
         key, value = self._key_dense(value), self._value_dense(value)
         if self.qk_norm:
-            key = self._key_norm(key) * self.key_dim**-0.25
+            key = self._key_norm(key)
         batch, length = ops.shape(key)[:2]
         if key_mask is None:
             key_mask = ops.ones((batch, length), "bool")
@@ -495,7 +494,7 @@ class PerformerAttention(keras.layers.Layer):
         gate = self._gate_dense(query) if self.use_gate else None
         query = self._query_dense(query)
         if self.qk_norm:
-            query = self._query_norm(query) * self.key_dim**-0.25
+            query = self._query_norm(query)
         # A masked key stands in for the new keys, of which there are none.
         nothing = (ops.shape(query)[0], 1, self.num_key_value_heads)
         key = ops.zeros((*nothing, self.key_dim), self.compute_dtype)
@@ -838,9 +837,9 @@ class PerformerAttention(keras.layers.Layer):
 
 
 class _QueryKeyNorm(keras.layers.RMSNormalization):
-    """Divides by the root mean square; its scale begins at H^(1/4).
+    """Divides by the root mean square and H^(1/4); its scale begins at H^(1/4), and undoes that.
 
-    The layer's factor H^(-1/4) undoes that: queries and keys begin as long as without norms.
+    So queries and keys begin as long as without norms.
     """
 
     def build(self, input_shape: Any) -> None:
@@ -850,6 +849,10 @@ class _QueryKeyNorm(keras.layers.RMSNormalization):
             name="scale", shape=(head_dim,), initializer=initializers.Constant(head_dim**0.25)
         )
         self.built = True
+
+    def call(self, x: Any) -> Any:
+        scale = self.scale * x.shape[-1] ** -0.25  # a few numbers, where the output has many
+        return ops.rms_normalization(x, scale=scale, axis=self.axis, epsilon=self.epsilon)
 
 
 class _FarBias(keras.layers.Layer):

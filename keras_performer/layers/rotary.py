@@ -4,6 +4,8 @@ from typing import Any
 
 from keras import backend, ops
 
+from keras_performer.ops._sums import by_hand
+
 
 def rotate(x: Any, positions: Any, max_wavelength: float) -> Any:
     """Rotate pairs of dimensions by angles proportional to the position.
@@ -41,6 +43,8 @@ def rotate(x: Any, positions: Any, max_wavelength: float) -> Any:
     dtype = backend.standardize_dtype(x.dtype)
     wide = backend.result_type(dtype, "float32")
     x, cos, sin = (ops.cast(t, wide) for t in (x, ops.cos(angle), ops.sin(angle)))
+    if hand := by_hand(x, cos, sin):
+        return ops.cast(hand.rotate(x, cos, sin), dtype)
     first, second = x[..., :half], x[..., half:]
     rotated = [first * cos - second * sin, second * cos + first * sin]
     return ops.cast(ops.concatenate(rotated, axis=-1), dtype)

@@ -32,6 +32,11 @@ def positive(values: Tensor, top: Tensor, floor: float) -> Tensor:
     return _Positive.apply(values, top, floor)
 
 
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn pairs (i, i + H/2) of (..., H) by angles whose cosines and sines are (..., H/2)."""
+    return _Rotate.apply(x, cos, sin)
+
+
 def absorb(
     plain: Callable[..., tuple[Tensor, Tensor]],
     sums: Tensor,
@@ -137,6 +142,23 @@ class _Positive(torch.autograd.Function):
             return torch.ops.aten.threshold_backward(d_values, phi, least), None, None
         torch.ops.aten.threshold_backward.grad_input(d_values, phi, least, grad_input=d_values)
         return d_values, None, None
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        first, second = x.chunk(2, -1)
+        rotated = x * torch.cat([cos, cos], -1)
+        rotated_first, rotated_second = rotated.chunk(2, -1)
+        rotated_first.addcmul_(second, sin, value=-1)
+        rotated_second.addcmul_(first, sin)
+        return rotated
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return rotate(grads[0], cos, -sin), None, None
 
 
 class _Absorb(torch.autograd.Function):
@@ -289,14 +311,17 @@ class _BlockStep(torch.autograd.Function):
 
 
 def _normalized(total: Tensor) -> tuple[Tensor, Tensor]:
-    """`normalize`, and the denominators."""
-    denominator = total[..., -1:].clone()
-    return torch.where(denominator > 0, total[..., :-1] / denominator, 0.0), denominator
+    """`normalize`, and what it divides by."""
+    denominator = total[..., -1:]
+    denominator = torch.where(denominator > 0, denominator, -LOG_ZERO)
+    return total[..., :-1] / denominator, denominator
 
 
 def _gradient_of_total(d_output: Tensor, output: Tensor, denominator: Tensor) -> Tensor:
-    d_output = torch.where(denominator > 0, d_output / denominator, 0.0)
-    return torch.cat([d_output, -(d_output * output).sum(-1, keepdim=True)], -1)
+    d_total = d_output.new_empty((*d_output.shape[:-1], d_output.shape[-1] + 1))
+    d_sums = torch.div(d_output, denominator, out=d_total[..., :-1])
+    torch.sum(d_sums * output, -1, keepdim=True, out=d_total[..., -1:]).neg_()
+    return d_total
 
 
 def _by_chunks(x: Tensor, count: int) -> Tensor:
