@@ -125,18 +125,18 @@ def attend(
         weights, sink = weights[: len(operands)], weights[len(operands) :]
         q = tile["query"]
         k, v, m = (by_chunks(tile[name], window) for name in ("key", "value", "mask"))
-        near_key, near_value, near_mask = (_near_blocks(x, size) for x in (k, v, m))
-        visible = ops.logical_and(order, ops.expand_dims(near_mask, 3))
         others = []
         if sink:
             sees = _sees_sinks(tile["block"], key_mask[:, :, :count], window, causal)
             others = [(*(ops.expand_dims(x, 2) for x in sink), sees)]
 
-        def weigh(q, near_key, near_value, *far):
+        def weigh(q, k, v, *far):
+            near_key, near_value, near_mask = (_near_blocks(x, size) for x in (k, v, m))
+            visible = ops.logical_and(order, ops.expand_dims(near_mask, 3))
             return _weigh(q, [(near_key, near_value, visible), *others], far)
 
         if not has_far:
-            return carry, (weigh(q, near_key, near_value),)
+            return carry, (weigh(q, k, v),)
         phi_q, log_q = features(feature_map, q, weights, is_query=True)
         if causal:  # the last block is none that the step's queries read
             keys = _block_features(tile, feature_map, weights, window, size)
@@ -145,9 +145,9 @@ def attend(
             keys = _block_features(tile, feature_map, weights, window, size + 2)
             outer = [(tile[f"{side}_sums"], tile[f"{side}_scale"]) for side in sides]
             read, scale = combine(*side_by_side(outer, sums_of_chunks(*keys)), seen)
-        tensors = (q, near_key, near_value, phi_q, read, log_q + scale)
+        tensors = (q, k, v, phi_q, read, log_q + scale)
         if not sink and (hand := by_hand(*tensors)):
-            return carry, (hand.block_step(weigh, *tensors, visible),)
+            return carry, (hand.block_step(weigh, *tensors, m, causal),)
         return carry, (weigh(*tensors),)
 
     _, (output,) = scan(

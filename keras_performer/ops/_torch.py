@@ -104,24 +104,28 @@ def block_step(
     phi_q: Tensor,
     read: Tensor,
     scale: Tensor,
-    visible: Tensor,
+    mask: Tensor,
+    causal: bool,
 ) -> Tensor:
     """Attend to near keys exactly and to sums of features, in G blocks.
 
+    Block g of queries is near the blocks g to g + E - G of keys.
+
     Args:
         plain: The same in `keras.ops`, of the six tensors.
-        query: (B, K, G, R, H).
-        key: (B, K, G, L, H), near ones.
-        value: (B, K, G, L, V+1).
+        query: (B, K, G, R, H), R a multiple of W.
+        key: (B, K, E, W, H).
+        value: (B, K, E, W, V+1).
         phi_q: (B, K, G, R, M).
         read: Sums that each block reads, (B, K, G, M, V+1).
         scale: The log scale of what a row reads, (B, K, G, R, 1).
-        visible: Which near keys are, boolean, broadcast to (B, K, G, R, L).
+        mask: Which keys there are, boolean (B, K or 1, E, W).
+        causal: Whether of the last near block a query sees its own place and those before it.
 
     Returns:
         The output (B, K, G, R, V).
     """
-    return _BlockStep.apply(plain, visible, query, key, value, phi_q, read, scale)
+    return _BlockStep.apply(plain, mask, causal, query, key, value, phi_q, read, scale)
 
 
 class _Positive(torch.autograd.Function):
@@ -277,19 +281,45 @@ class _CausalStep(torch.autograd.Function):
 
 
 class _BlockStep(torch.autograd.Function):
-    """Keys weighed exactly and sums of features beside them, in G blocks."""
+    """Keys weighed exactly and sums of features beside them, in G blocks.
+
+    The blocks of all heads stand in one row, those of queries spread to E a head: the keys that are
+    n blocks away then are the row from block n on, and no product needs a copy.
+    """
 
     @staticmethod
-    def forward(ctx: Any, plain: Any, visible: Tensor, *inputs: Tensor):
+    def forward(ctx: Any, plain: Any, mask: Tensor, causal: bool, *inputs: Tensor):
         query, key, value, phi_q, read, scale = inputs
-        scaled = query * query.shape[-1] ** -0.5
-        weights = hide(_product(scaled, key.mT), visible)
-        row_max = torch.maximum(weights.amax(-1, keepdim=True), scale).clamp_min_(LOG_ZERO / 2)
-        weights.sub_(row_max).mul_(LOG2_E).exp2_()
-        of_read = ((scale - row_max) * LOG2_E).exp2_()
+        num_rows, (num_blocks, size) = query.shape[3], key.shape[2:4]
+        distances = range(num_blocks - query.shape[2] + 1)
+        count = query.shape[:2].numel() * num_blocks - distances[-1]
+        # All logarithms here are of base two.
+        rows = _spread(query * (query.shape[-1] ** -0.5 * LOG2_E), num_blocks)
+        scale = scale * LOG2_E
+        row_max = _spread(scale, num_blocks)
+        key, value = key.flatten(0, 2), value.flatten(0, 2)
+        hidden = torch.where(mask, key.new_zeros(()), LOG_ZERO)
+        hidden = hidden.expand(*query.shape[:2], -1, -1).reshape(-1, 1, size)
+        weights = [
+            torch.baddbmm(
+                hidden[n : n + count].expand(-1, num_rows, -1), rows[:count], key[n : n + count].mT
+            )
+            for n in distances
+        ]
+        if causal:
+            weights[-1] += _behind(num_rows, size, key)
+        top = row_max[:count]
+        for x in weights:
+            torch.maximum(top, x.amax(-1, keepdim=True), out=top)
+        top.clamp_min_(LOG_ZERO / 2)
+        total = rows.new_zeros((*rows.shape[:2], value.shape[-1]))
+        for n, x in zip(distances, weights, strict=True):
+            x.sub_(top).exp2_()
+            total[:count].baddbmm_(x, value[n : n + count])
+        of_read = (scale - _gathered(row_max, query, num_blocks)).exp2_()
         far = _product(phi_q, read).mul_(of_read)
-        output, denominator = _normalized(_product(weights, value).add_(far))
-        ctx.save_for_backward(*inputs, scaled, weights, of_read, far, output, denominator)
+        output, denominator = _normalized(_gathered(total, query, num_blocks) + far)
+        ctx.save_for_backward(*inputs, rows, of_read, far, output, denominator, *weights)
         ctx.plain = plain
         return output
 
@@ -297,17 +327,51 @@ class _BlockStep(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         saved = ctx.saved_tensors
         if torch.is_grad_enabled():  # for a derivative of the gradient
-            return (None, None, *torch_gradients_again(ctx.plain, grads, saved[:6]))
-        query, key, value, phi_q, read, _, scaled, weights, of_read, far, *rest = saved
-        d_total = _gradient_of_total(grads[0], *rest)
-        d_value = _product(weights.mT, d_total)
-        d_logits = _product(d_total, value.mT).mul_(weights)
-        d_query = _product(d_logits, key).mul_(query.shape[-1] ** -0.5)
-        d_key = _product(d_logits.mT, scaled)
-        d_scale = (d_total * far).sum(-1, keepdim=True)
-        d_total.mul_(of_read)
-        d_phi_q, d_read = _product(d_total, read.mT), _product(phi_q.mT, d_total)
-        return (None, None, d_query, d_key, d_value, d_phi_q, d_read, d_scale)
+            return (None, None, None, *torch_gradients_again(ctx.plain, grads, saved[:6]))
+        query, key, value, phi_q, read, _, rows, of_read, far, output, denominator = saved[:11]
+        key, value, weights, num_blocks = (
+            key.contiguous(),
+            value.contiguous(),
+            saved[11:],
+            key.shape[2],
+        )
+        d_total = rows.new_zeros((*rows.shape[:2], value.shape[-1]))
+        d_far = _gathered(d_total, query, num_blocks)
+        _gradient_of_total(grads[0], output, denominator, out=d_far)
+        d_rows, d_key, d_value = (torch.zeros_like(x) for x in (rows, key, value))
+        for n, x in enumerate(weights):
+            count = x.shape[0]
+            near_key, near_value, d_near_key, d_near_value = (
+                t.view(-1, *t.shape[3:])[n : n + count] for t in (key, value, d_key, d_value)
+            )
+            d_near_value.baddbmm_(x.mT, d_total[:count])
+            d_logits = torch.bmm(d_total[:count], near_value.mT).mul_(x)
+            d_rows[:count].baddbmm_(d_logits, near_key)
+            d_near_key.baddbmm_(d_logits.mT, rows[:count], alpha=1 / LOG2_E)
+        d_query = _gathered(d_rows, query, num_blocks) * query.shape[-1] ** -0.5
+        d_scale = (d_far * far).sum(-1, keepdim=True)
+        d_far = d_far * of_read
+        d_phi_q, d_read = _product(d_far, read.mT), _product(phi_q.mT, d_far)
+        return (None, None, None, d_query, d_key, d_value, d_phi_q, d_read, d_scale)
+
+
+def _behind(num_rows: int, size: int, like: Tensor) -> Tensor:
+    """The log of zero where a key lies behind the place of a row (R, W), else zero."""
+    behind = torch.full((size, size), LOG_ZERO, dtype=like.dtype, device=like.device).triu_(1)
+    return behind.repeat(num_rows // size, 1)
+
+
+def _spread(x: Tensor, num_blocks: int) -> Tensor:
+    """(B, K, G, ...) -> (B*K*E, ...), with zeros behind the blocks of each head."""
+    spread = x.new_zeros((*x.shape[:2], num_blocks, *x.shape[3:]))
+    spread[:, :, : x.shape[2]] = x
+    return spread.flatten(0, 2)
+
+
+def _gathered(spread: Tensor, like: Tensor, num_blocks: int) -> Tensor:
+    """The reverse, a view."""
+    blocks = spread.view(*like.shape[:2], num_blocks, *spread.shape[1:])
+    return blocks[:, :, : like.shape[2]]
 
 
 def _normalized(total: Tensor) -> tuple[Tensor, Tensor]:
@@ -317,8 +381,10 @@ def _normalized(total: Tensor) -> tuple[Tensor, Tensor]:
     return total[..., :-1] / denominator, denominator
 
 
-def _gradient_of_total(d_output: Tensor, output: Tensor, denominator: Tensor) -> Tensor:
-    d_total = d_output.new_empty((*d_output.shape[:-1], d_output.shape[-1] + 1))
+def _gradient_of_total(
+    d_output: Tensor, output: Tensor, denominator: Tensor, out: Tensor | None = None
+) -> Tensor:
+    d_total = output.new_empty((*output.shape[:-1], output.shape[-1] + 1)) if out is None else out
     d_sums = torch.div(d_output, denominator, out=d_total[..., :-1])
     torch.sum(d_sums * output, -1, keepdim=True, out=d_total[..., -1:]).neg_()
     return d_total
