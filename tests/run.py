@@ -18,8 +18,8 @@ ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
     "TF_NUM_INTRAOP_THREADS": "1",
     "TF_NUM_INTEROP_THREADS": "1",
-    # Compiling takes longer than what is compiled here: XLA need not optimise it, and its library of
-    # fusion emitters takes twice as long as the code generator that it replaces.
+    # Compiling takes longer than what is compiled here: XLA need not optimise it, and its fusion
+    # emitters take twice as long as what they replace.
     "XLA_FLAGS": " ".join(
         (
             "--xla_cpu_multi_thread_eigen=false",

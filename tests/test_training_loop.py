@@ -1,10 +1,12 @@
 import io
 import json
 import shutil
+import sys
 
 import keras
 import numpy as np
 import pytest
+from processes import run_code
 from rich.console import Console
 
 from keras_performer.feature_maps import FavorPlus
@@ -281,3 +283,25 @@ def test_a_model_section_gives_the_arguments_of_a_backbone():
     assert twin.arguments()["sliding_window"] == 64
     with pytest.raises(ValueError, match=r"'model\.attention' must be one of performer, softmax"):
         ModelConfig(**shape, num_features=4, dropout=0.0, attention="linear")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it concerns glibc")
+@pytest.mark.skipif(keras.config.backend() != "torch", reason="others allocate by their own means")
+def test_pytorch_keeps_the_memory_that_it_frees():
+    code = """
+import resource
+import torch
+from training.command import start_keras
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+before = faults()
+start_keras(None, seed=0)
+print(before, min(faults() for _ in range(5)))
+"""
+    before, after = map(int, run_code(code).split())
+    assert after < before / 10

@@ -22,6 +22,7 @@ from rich.table import Table
 
 from keras_performer.feature_maps import FavorPlus
 from keras_performer.ops import favor_attention
+from training.command import start_keras
 from training.results import machine, peak_bytes
 from training.timing import interleaved
 
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         name, length = arguments.peak_of
         print(peak_memory(methods(causal)[name], int(length)))
         return {}
+    start_keras(None, seed=0)
     folder = arguments.out or Path("runs/attention_speed") / keras.config.backend()
     folder.mkdir(parents=True, exist_ok=True)
     check(causal)

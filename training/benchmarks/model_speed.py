@@ -17,6 +17,7 @@ from rich.table import Table
 
 from keras_performer.layers import PerformerEncoderBlock
 from keras_performer.models import PerformerEncoderBackbone
+from training.command import start_keras
 from training.timing import VOCABULARY, interleaved, token_model, token_step
 
 
@@ -89,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--policy", default="float32", help="such as mixed_bfloat16")
     arguments = parser.parse_args(argv)
+    start_keras(None, seed=0)
     keras.config.set_dtype_policy(arguments.policy)
     length = arguments.length
     runs = {}
