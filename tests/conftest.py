@@ -35,9 +35,10 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def short_steps(monkeypatch):
-    """Let short sequences have several steps, of several chunks each."""
-    from keras_performer.ops import _chunked, _sums
+    """Let short sequences have several steps, of several chunks each, and recompute them."""
+    from keras_performer.ops import _chunked, _scan, _sums
 
+    monkeypatch.setattr(_scan, "_KEPT_STEPS", 1)
     monkeypatch.setattr(_sums, "_MOST_CHUNKS", 2)
     monkeypatch.setattr(_sums, "_CHUNKS_UNKNOWN", 2)
     monkeypatch.setattr(_chunked, "_PACKED_CHUNK", _chunked.CHUNK)

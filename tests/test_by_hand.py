@@ -6,7 +6,7 @@ import pytest
 from tolerances import AGREEMENT, relative_rms
 
 from keras_performer.feature_maps import FavorPlus
-from keras_performer.ops import _blocked, _chunked, _sums, favor_attention
+from keras_performer.ops import _blocked, _chunked, _scan, _sums, favor_attention
 
 if keras.config.backend() != "torch":
     pytest.skip("it concerns PyTorch", allow_module_level=True)
@@ -96,6 +96,7 @@ def test_derivatives_of_blocks_are_those_of_keras_ops(length, num_groups, causal
         assert relative_rms(actual.detach(), expected.detach()) < 4 * AGREEMENT
 
 
+@pytest.mark.parametrize("kept", [1, 100], ids=["recomputed", "kept"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -108,8 +109,9 @@ def test_derivatives_of_blocks_are_those_of_keras_ops(length, num_groups, causal
     ],
     ids=str,
 )
-def test_derivatives_over_steps_are_those_of_the_reference(options, monkeypatch):
+def test_derivatives_over_steps_are_those_of_the_reference(options, kept, monkeypatch):
     # One input of a walk may be computed from another, as sums are from keys.
+    monkeypatch.setattr(_scan, "_KEPT_STEPS", kept)
     monkeypatch.setattr(_sums, "_STEP_NUMBERS", 1)
     monkeypatch.setattr(_blocked, "_STEP", 16)
     options = dict(options)
