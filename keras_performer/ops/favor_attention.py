@@ -123,7 +123,8 @@ def favor_attention(
     tokens, and a window of W tokens O(T N C (H + V + M)) for C = max(128, 2 W) + 4 W (causal at
     most 128 + 2 W).
     Memory O(T N (H + V) + (T / C) K M V); the backward pass recomputes features and scores, on
-    TensorFlow within a `tf.function` only, and not for a second derivative.
+    TensorFlow within a `tf.function` only, on PyTorch where keeping them would take more than some
+    200 MiB, and not for a second derivative.
 
     **Raises** ValueError or TypeError for shapes, types and combinations that cannot work;
     NotImplementedError where the `implementation` that is named cannot do what is asked.
