@@ -68,7 +68,7 @@ def compile_eagerly(monkeypatch):
 
 
 def pytest_collection_modifyitems(items):
-    """Mark `slow_on_jax` and `slow_on_tensorflow` as slow where these run."""
+    """Mark what is `slow_on_` a backend as slow where that runs."""
     for item in items:
         if item.get_closest_marker(f"slow_on_{keras.config.backend()}"):
             item.add_marker(pytest.mark.slow)

@@ -10,6 +10,11 @@ def slow_on_jax(*cases):
     return [pytest.param(case, marks=pytest.mark.slow_on_jax) for case in cases]
 
 
+def slow_on_torch(*cases):
+    """Cases that are left to the slow run on PyTorch."""
+    return [pytest.param(case, marks=pytest.mark.slow_on_torch) for case in cases]
+
+
 def slow_where_compiled(*cases):
     """Cases that are left to the slow run on JAX and TensorFlow."""
     return [pytest.param(case, marks=COMPILED) for case in cases]

@@ -49,12 +49,11 @@ def run(backend: str, arguments: list[str]) -> int:
 
 
 def main() -> int:
-    """Run all backends, as many at a time as there are pairs of cores, at least two."""
+    """Run all backends at once: what one waits for, another computes."""
     arguments = sys.argv[1:]
     if "-m" not in arguments:
         arguments += ["-m", "not slow"]
-    workers = max(2, (os.cpu_count() or 2) // 2)
-    with ThreadPoolExecutor(min(workers, len(BACKENDS))) as pool:
+    with ThreadPoolExecutor(len(BACKENDS)) as pool:
         codes = list(pool.map(lambda backend: run(backend, arguments), BACKENDS))
     for backend, code in zip(BACKENDS, codes, strict=True):
         print(f"{backend}: {'passed' if code == 0 else f'failed, pytest exit code {code}'}")

@@ -118,6 +118,7 @@ def test_samplers_keep_the_prompts(sampler):
         assert set(text) <= set("ACDEFGHIKLMNPQRSTVWYXBUZO<unkmas>")
 
 
+@pytest.mark.slow_on_tensorflow
 @pytest.mark.slow_on_jax
 def test_a_beam_of_one_is_greedy_and_more_beams_are_no_worse():
     model = make_model()
@@ -176,6 +177,7 @@ def test_a_stop_token_ends_its_row():
     np.testing.assert_array_equal(output["padding_mask"][0], np.arange(16) <= first)
 
 
+@pytest.mark.slow_on_tensorflow
 def test_the_prompt_can_be_left_out():
     model = make_model()
     whole = model.generate(PROMPTS, stop_token_ids=None)
@@ -302,6 +304,7 @@ def test_learns_from_strings():
     assert "MKMKMK" in model.generate("MKMKMK", max_length=14)
 
 
+@pytest.mark.slow_on_tensorflow
 @pytest.mark.slow_on_jax
 def test_a_preset_comes_back_also_through_the_base_classes(tmp_path):
     model = make_model()
@@ -336,6 +339,7 @@ def test_untied_weights_and_every_option_come_back(tmp_path):
     assert len(names) == 2 and "reverse" in names[1]
 
 
+@pytest.mark.slow_on_tensorflow
 @pytest.mark.slow_on_jax
 @pytest.mark.parametrize(
     ("options", "length", "eagerly"),

@@ -112,6 +112,8 @@ def write_text(path):
     return path
 
 
+@pytest.mark.slow_on_jax
+@pytest.mark.slow_on_tensorflow
 def test_the_job_learns_writes_and_generates(tmp_path):
     text = write_text(tmp_path / "t.txt")
     output = tmp_path / "run"
@@ -130,6 +132,7 @@ def test_the_job_learns_writes_and_generates(tmp_path):
     assert written[:5] == "\nabcd" and len(written) > 5
 
 
+@pytest.mark.slow_on_torch
 @needs_kill
 @pytest.mark.slow_on_jax
 @pytest.mark.slow_on_tensorflow

@@ -60,6 +60,8 @@ def proteins(tmp_path_factory):
     return write_proteins(tmp_path_factory.mktemp("data") / "p.jsonl")
 
 
+@pytest.mark.slow_on_jax
+@pytest.mark.slow_on_tensorflow
 def test_a_letter_that_decides_is_learned(proteins, tmp_path):
     output = tmp_path / "run"
     changes = {"training.steps": 40, "training.steps_per_epoch": 20}
@@ -103,6 +105,7 @@ RESUMED = {
 }
 
 
+@pytest.mark.slow_on_torch
 @needs_kill
 @pytest.mark.slow_on_jax
 @pytest.mark.slow_on_tensorflow
@@ -125,6 +128,7 @@ def masked_lm(folder, tokenizer=None, **changes):
     return backbone
 
 
+@pytest.mark.slow_on_tensorflow
 @pytest.mark.slow_on_jax
 def test_a_masked_language_model_gives_its_encoder(proteins, tmp_path, eager):
     body = masked_lm(tmp_path / "mlm", ProteinTokenizer())
@@ -152,6 +156,7 @@ def write_documents(path):
     return path
 
 
+@pytest.mark.slow_on_tensorflow
 def test_images_run_pixel_by_pixel_in_mixed_precision(tmp_path, eager):
     rng = np.random.default_rng(5)
     rows = []

@@ -26,6 +26,7 @@ class Batches(keras.utils.PyDataset):
         self.epochs += 1
 
 
+@pytest.mark.slow_on_tensorflow
 @pytest.mark.slow_on_jax
 def test_all_data_sources_train_the_same():
     """One step of SGD on all samples; the second class has the weight 0 in half of the rows."""
@@ -60,6 +61,7 @@ def test_all_data_sources_train_the_same():
             np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow_on_tensorflow
 @pytest.mark.slow_on_jax
 def test_loaders_evaluate_predict_validate_and_see_their_epochs():
     task = make_task()

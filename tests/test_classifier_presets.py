@@ -20,6 +20,7 @@ from keras_performer.models import (
 )
 
 
+@pytest.mark.slow_on_tensorflow
 @pytest.mark.parametrize(
     "backbone_class", [PerformerEncoderBackbone, *slow_on_jax(PerformerDecoderBackbone)]
 )

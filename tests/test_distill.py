@@ -66,6 +66,7 @@ def finished(files, tmp_path_factory, eager_module):
     return main(arguments(files, output)), output
 
 
+@pytest.mark.slow_on_tensorflow
 @pytest.mark.slow_on_jax
 def test_a_model_is_converted_calibrated_tuned_and_saved(files, finished):
     metrics, output = finished

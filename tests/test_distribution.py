@@ -158,6 +158,7 @@ def train_on_devices(choice, output):
     print(json.dumps({**seen, **result}))
 
 
+@pytest.mark.slow_on_tensorflow
 @pytest.mark.parametrize(
     "choice, devices",
     [

@@ -143,6 +143,7 @@ def python(*arguments, **environment):
     )
 
 
+@pytest.mark.slow_on_jax
 @pytest.mark.parametrize("format", [*each("tf_saved_model", "litert"), *slow_elsewhere("onnx")])
 def test_the_file_equals_the_model_at_any_size(task, format, tmp_path):
     path, source = tmp_path / "new" / file_name(format), task
@@ -191,6 +192,7 @@ def test_prefill_and_step_generate_what_the_model_generates(format, generator):
     check_generation(model, open_artefact(artefact_in(folder, format), format))
 
 
+@pytest.mark.slow_on_tensorflow
 @written_here
 @litert
 @pytest.mark.parametrize(
@@ -240,6 +242,7 @@ def check_generation(model, run):
     np.testing.assert_allclose(outputs["logits"], first, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow_on_tensorflow
 @written_here
 @onnx
 @pytest.mark.parametrize("attention", ["softmax", "sliding_window"])
@@ -265,6 +268,7 @@ def test_softmax_attention_has_no_state_of_fixed_size(tmp_path):
     assert text.strip() == model.generate(["MKT"], strip_prompt=True)[0]
 
 
+@pytest.mark.slow_on_tensorflow
 @written_here
 @litert
 def test_smaller_weights(tmp_path):
@@ -318,6 +322,8 @@ def halved(x):
     return x / 2
 
 
+@pytest.mark.slow_on_torch
+@pytest.mark.slow_on_jax
 @pytest.mark.skipif(BACKEND == "tensorflow", reason="TensorFlow needs no child process")
 @saved_model
 def test_custom_layers_of_modules_reach_the_child_process_and_others_are_explained(tmp_path):
@@ -444,6 +450,8 @@ def test_half_precision_is_refused(format, tmp_path):
         keras_performer.export(backbone, tmp_path / file_name(format), format=format)
 
 
+@pytest.mark.slow_on_torch
+@pytest.mark.slow_on_jax
 @saved_model
 def test_what_cannot_be_exported_is_explained(tmp_path):
     class Subclassed(keras.Model):
@@ -530,6 +538,7 @@ def test_the_example_fills_masks(task, tmp_path):
     assert run_example(folder, forbidden=[*OURS, "tensorflow"]).startswith("place 1: ")
 
 
+@pytest.mark.slow_on_tensorflow
 @written_here
 @onnx
 def test_the_example_of_an_encoder_decoder_has_texts_of_two_lengths(tmp_path):

@@ -65,6 +65,7 @@ class TestKerasHub(test_case.TestCase):
                 expected_output_shape=(2, 5, 8),
             )
 
+    @pytest.mark.slow_on_tensorflow
     def test_encoder_decoder_backbone(self):
         names = [f"{part}_{x}" for part in ("encoder", "decoder") for x in ("ids", "mask")]
         names = [n.replace("ids", "token_ids").replace("mask", "padding_mask") for n in names]

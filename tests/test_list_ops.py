@@ -91,6 +91,8 @@ def test_examples_are_distributed_as_described():
     assert a[:, 2].max() == b[:, 2].max() == max_depth - 1
 
 
+@pytest.mark.slow_on_jax
+@pytest.mark.slow_on_tensorflow
 def test_published_settings_give_right_results_and_known_statistics():
     made = generate_list_ops(400, (0, 2))
     lengths = np.diff(made.offsets)

@@ -81,6 +81,8 @@ def peaks_in_gib(*lengths):
     return json.loads(run_in_a_process(SCRIPT, *lengths, word="PEAKS"))
 
 
+@pytest.mark.slow_on_jax
+@pytest.mark.slow_on_tensorflow
 def test_a_causal_step_of_16384_tokens_adds_less_than_one_gib():
     start, long = peaks_in_gib(512, 16384)
     assert long - start < 1.0, f"{start:.2f} GiB at 512 tokens, {long:.2f} GiB at 16,384"

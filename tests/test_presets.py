@@ -315,6 +315,7 @@ def quantized(kind):
     return task
 
 
+@pytest.mark.slow_on_torch
 @pytest.mark.parametrize(
     "kind",
     [

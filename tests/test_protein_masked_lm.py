@@ -100,6 +100,8 @@ def test_the_job_learns_and_writes_what_it_says(finished, fasta):
     assert model.preprocessor(["MKTAY"])[0]["token_ids"].shape == (1, 48)
 
 
+@pytest.mark.slow_on_jax
+@pytest.mark.slow_on_tensorflow
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(fasta, tmp_path, monkeypatch, eager):
     # Dropout, lengths by bucket, accumulated gradients and new features: all of it comes back.
     changes = {

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from marks import slow_on_torch
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 SECTION = README.split("\n## Tutorials\n")[1].split("\n## ")[0]
@@ -14,12 +15,9 @@ def test_every_block_is_found():
     assert len(TUTORIALS) == SECTION.count("```python") >= 2
 
 
-# On TensorFlow the export is that of the first tutorial, and eager generation takes its time.
-MARKS = {title: pytest.mark.slow_on_tensorflow for title in TUTORIALS if title != "Masked residues"}
-
-
+@pytest.mark.slow_on_tensorflow
 @pytest.mark.slow_on_jax
-@pytest.mark.parametrize("title", [pytest.param(t, marks=MARKS.get(t, ())) for t in TUTORIALS])
+@pytest.mark.parametrize("title", slow_on_torch("Text") + [t for t in TUTORIALS if t != "Text"])
 def test_a_tutorial_runs(title, tmp_path, monkeypatch, eager, capsys):
     monkeypatch.chdir(tmp_path)
     names = {}

@@ -57,6 +57,8 @@ def chains(tmp_path_factory):
     return write(tmp_path_factory.mktemp("data") / "c.jsonl", rows)
 
 
+@pytest.mark.slow_on_jax
+@pytest.mark.slow_on_tensorflow
 def test_a_state_for_each_letter_is_learned(chains, tmp_path):
     output = tmp_path / "run"
     changes = {"training.steps": 40, "training.steps_per_epoch": 20}

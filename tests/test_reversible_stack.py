@@ -134,6 +134,7 @@ def test_saves_and_loads(tmp_path):
     )
 
 
+@pytest.mark.slow_on_tensorflow
 def test_half_precision_keeps_the_streams_in_float32():
     blocks = make_blocks("encoder", count=6, dtype="mixed_bfloat16")
     stack = ReversibleStack(blocks, dtype="mixed_bfloat16")

@@ -43,6 +43,7 @@ def run(config, examples, output, *options, **changes):
     return main([*files, *flags(SMALL | changes), *options])
 
 
+@pytest.mark.slow_on_tensorflow
 @pytest.mark.slow_on_jax
 def test_list_ops_start_from_what_their_masked_tokens_taught(tmp_path, eager):
     examples = write_examples(tmp_path / "l.jsonl", [f"{i} " for i in range(10)], "[MAX ", "]")
@@ -79,6 +80,7 @@ def test_a_classification_config_will_do_and_its_preset_takes_strings(tmp_path, 
     assert model.predict(["ACD", "MKTAYIA"], verbose=0).shape[::2] == (2, 30)
 
 
+@pytest.mark.slow_on_torch
 @needs_kill
 @pytest.mark.slow_on_jax
 @pytest.mark.slow_on_tensorflow

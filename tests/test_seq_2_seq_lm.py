@@ -84,6 +84,7 @@ def test_decoding_with_a_state_equals_one_call(kind):
     assert_close(np.concatenate(outputs, axis=1), expected["decoder_sequence_output"], "layer")
 
 
+@pytest.mark.slow_on_tensorflow
 @pytest.mark.parametrize("kind", ["performer", *slow_where_compiled("softmax")])
 def test_greedy_tokens_are_those_of_full_passes(kind):
     model = make_model(tie_weights=False, **KINDS[kind])
