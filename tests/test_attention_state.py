@@ -172,6 +172,7 @@ def test_the_state_of_feature_attention_does_not_grow():
     assert sizes[0] == sizes[1]
 
 
+@pytest.mark.slow_on_jax
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_symbolic_state_has_the_shapes_of_the_real_one(kind):
     layer = make_layer(kind)

@@ -64,6 +64,7 @@ print("PEAKS", *peaks)
 """
 
 
+@pytest.mark.slow_on_tensorflow
 @pytest.mark.slow_on_jax
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux alone says its peak")
 def test_peak_memory_is_that_of_the_pass():
@@ -72,6 +73,7 @@ def test_peak_memory_is_that_of_the_pass():
     assert identity < 4 * 8 * 2048**2 < all_pairs
 
 
+@pytest.mark.slow_on_tensorflow
 @pytest.mark.slow_on_jax
 def test_models_are_timed_against_one_without_attention():
     arguments = ["--length", "40", "--num-layers", "1", "--hidden-dim", "64", "--rounds", "1"]

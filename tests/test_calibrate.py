@@ -92,6 +92,7 @@ def test_the_loss_is_the_error_at_the_teachers_inputs():
     np.testing.assert_allclose(history.history["loss"], [expected], rtol=1e-3)
 
 
+@pytest.mark.slow_on_tensorflow
 @pytest.mark.usefixtures("eagerly")
 @pytest.mark.parametrize("train", ["feature_maps", *slow_where_compiled("attention", "all")])
 @pytest.mark.slow_on_jax

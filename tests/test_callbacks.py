@@ -239,6 +239,7 @@ def test_variance_of_favor_plus_plus_follows_its_averages(balanced, per_head):
     np.testing.assert_allclose(actual, expected, rtol=1e-3)
 
 
+@pytest.mark.slow_on_tensorflow
 @pytest.mark.parametrize("kind", ["favor_plus", "favor_plus_plus"])
 def test_measured_variance_averages_to_the_formula(kind):
     query, key = (normal(1, 3, 1, 4, seed=seed, scale=0.4) for seed in (1, 2))
@@ -508,6 +509,7 @@ def test_training_goes_on_with_the_new_features(draws):
         assert_close(weight, expected, "layer")
 
 
+@pytest.mark.slow_on_tensorflow
 @pytest.mark.slow_on_jax
 @SINGLE_STEPS
 def test_several_steps_an_execution_redraw_when_a_multiple_is_passed(draws):
@@ -532,6 +534,8 @@ def test_a_step_is_one_of_the_optimizer(draws):
     assert len(draws) == 2  # after four batches
 
 
+@pytest.mark.slow_on_jax
+@pytest.mark.slow_on_tensorflow
 def test_a_resumed_run_draws_the_same(draws, tmp_path):
     fit(make_model(), 6, RedrawFeatures(every=3, seed=11))
     expected = [seed for _, seed in draws]
@@ -702,6 +706,7 @@ def test_the_callback_looks_at_as_many_tokens_as_it_is_told_to():
             assert entry[name] == pytest.approx(values[head], rel=1e-4)
 
 
+@pytest.mark.slow_on_tensorflow
 @pytest.mark.parametrize(
     ("group", "steps"),
     [

@@ -156,6 +156,7 @@ def write_documents(path):
     return path
 
 
+@pytest.mark.slow_on_jax
 @pytest.mark.slow_on_tensorflow
 def test_images_run_pixel_by_pixel_in_mixed_precision(tmp_path, eager):
     rng = np.random.default_rng(5)
@@ -192,6 +193,7 @@ def test_the_fold_of_the_config_is_read(source, reader, monkeypatch):
     assert classification.read_splits(data, None) == 3
 
 
+@pytest.mark.slow_on_tensorflow
 @pytest.mark.slow_on_jax
 @pytest.mark.parametrize("attention", ["softmax", "sliding_window"])
 def test_documents_and_list_ops_run_with_the_baselines(attention, tmp_path, eager):

@@ -178,6 +178,7 @@ def test_bad_input_ends_with_one_sentence_before_any_training(
     assert re.match("error: [^\n]*$", str(error.value)), str(error.value)
 
 
+@pytest.mark.slow_on_tensorflow
 @pytest.mark.slow_on_jax
 def test_the_preset_loads_by_name_in_one_line(finished, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")

@@ -293,6 +293,7 @@ def test_favor_plus_plus_equals_a_float64_loop(causal, balanced):
 # The layer that keeps the statistics.
 
 
+@pytest.mark.slow_on_tensorflow
 @pytest.mark.parametrize("stack", ["plain", *slow_on_jax("remat", "reversible")])
 def test_training_steps_move_the_statistics_once_each(stack):
     """Guards against statistics that recomputation in the backward pass moves a second time."""

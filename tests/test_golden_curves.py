@@ -151,6 +151,7 @@ def curve(recipe, folder, monkeypatch):
     return trained.value.args[0]
 
 
+@pytest.mark.slow_on_tensorflow
 @pytest.mark.parametrize("recipe", [next(iter(RECIPES)), *slow_on_jax(*list(RECIPES)[1:])])
 def test_every_recipe_has_its_golden_curve(recipe, tmp_path, monkeypatch, eager):
     golden = json.loads(GOLDEN.read_text(encoding="utf-8"))[recipe]

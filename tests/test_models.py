@@ -287,6 +287,7 @@ def test_masked_lm_evaluates_and_predicts_strings():
     assert np.isfinite(predicted).all()
 
 
+@pytest.mark.slow_on_jax
 def test_masked_lm_takes_datasets_of_tensorflow():
     tf = pytest.importorskip("tensorflow")
     task = make_task()

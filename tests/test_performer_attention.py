@@ -810,6 +810,7 @@ def test_every_argument_is_in_the_config():
     assert names - set(make_layer().get_config()) == {"flash_attention"}
 
 
+@pytest.mark.slow_on_jax
 @pytest.mark.parametrize("name", NON_DEFAULT)
 def test_config_round_trip(name):
     required = {"num_heads": 4, "key_dim": 6, "seed": 1}

@@ -105,6 +105,7 @@ def test_a_process_that_is_killed_in_an_epoch_goes_on(chains, tmp_path):
     assert model["cross_entropy"] == pytest.approx(expected["cross_entropy"], abs=1e-5)
 
 
+@pytest.mark.slow_on_tensorflow
 @pytest.mark.slow_on_jax
 def test_three_states_and_a_baseline(chains, tmp_path, eager):
     changes = {"data.states": 3, "model.attention": "sliding_window", "training.patience": 2}

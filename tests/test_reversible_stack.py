@@ -73,6 +73,7 @@ def trained(layer, x, encoded, mask, steps=1):
     return [to_numpy(w) for w in model.trainable_weights]
 
 
+@pytest.mark.slow_on_tensorflow
 @pytest.mark.parametrize("kind", [*slow_where_compiled("encoder", "decoder"), "crossing"])
 @pytest.mark.parametrize("dropout", [*slow_where_compiled(0.0), 0.3])
 def test_gradients_equal_those_of_the_plain_function(kind, dropout):
@@ -134,6 +135,7 @@ def test_saves_and_loads(tmp_path):
     )
 
 
+@pytest.mark.slow_on_jax
 @pytest.mark.slow_on_tensorflow
 def test_half_precision_keeps_the_streams_in_float32():
     blocks = make_blocks("encoder", count=6, dtype="mixed_bfloat16")

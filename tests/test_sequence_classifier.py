@@ -154,6 +154,7 @@ def test_each_problem_has_its_loss_and_metric(problem, labels, loss, metric, act
         np.testing.assert_allclose(list(same.values()), list(evaluated.values()), rtol=1e-4)
 
 
+@pytest.mark.slow_on_tensorflow
 def test_one_number_is_predicted_from_a_vector_of_labels():
     task = make_task(num_classes=1, problem="regression")
     task.optimizer.learning_rate = 1e-2
@@ -239,6 +240,7 @@ def test_bytes_of_any_language_can_be_classified():
     assert task.predict(["Größe", "大きさ"], verbose=0).shape == (2, 2)
 
 
+@pytest.mark.slow_on_tensorflow
 def test_strings_are_shuffled_for_each_epoch_unless_not():
     task, seen = make_task(num_classes=24), []
     preprocess = task.preprocess_samples

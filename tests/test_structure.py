@@ -11,6 +11,7 @@ import keras
 import numpy as np
 import pytest
 import run
+from marks import slow_on_jax
 from processes import run_code
 
 import keras_performer
@@ -125,9 +126,11 @@ def test_layers_leave_tensorflow_out():
     run_code("import sys, keras_performer.layers; sys.exit('tensorflow' in sys.modules)")
 
 
-@pytest.mark.parametrize(
-    "name", [module_name(p) for folder in (PACKAGE, ROOT / "training") for p in sources(folder)]
-)
+MODULES = [module_name(p) for folder in (PACKAGE, ROOT / "training") for p in sources(folder)]
+ONLY_JAX = "keras_performer.ops.sharded_favor_attention"
+
+
+@pytest.mark.parametrize("name", [ONLY_JAX, *slow_on_jax(*(m for m in MODULES if m != ONLY_JAX))])
 def test_examples_of_docstrings(name):
     if name == "keras_performer.ops._triton":
         if keras.config.backend() != "torch":

@@ -78,6 +78,7 @@ def test_only_a_projection_that_is_asked_for_is_trained():
     assert FavorPlus(11, trainable_projection=True).get_config()["trainable_projection"] is True
 
 
+@pytest.mark.slow_on_jax
 @pytest.mark.parametrize("name", ["favor_plus_plus", "balanced", "trigonometric", *LEARNING])
 def test_saved_layer_loads_bit_equal(name, tmp_path):
     """The file carries the statistics and the learned matrices: nothing here has a seed."""

@@ -663,6 +663,7 @@ def has_setuptools():
         return False
 
 
+@pytest.mark.slow_on_torch
 @pytest.mark.slow_on_jax
 @pytest.mark.skipif(not has_setuptools(), reason="needs setuptools 77 (.ci/run checks its wheel)")
 def test_presets_load_by_name_from_a_wheel(made, tmp_path):

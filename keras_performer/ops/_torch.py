@@ -329,12 +329,8 @@ class _BlockStep(torch.autograd.Function):
         if torch.is_grad_enabled():  # for a derivative of the gradient
             return (None, None, None, *torch_gradients_again(ctx.plain, grads, saved[:6]))
         query, key, value, phi_q, read, _, rows, of_read, far, output, denominator = saved[:11]
-        key, value, weights, num_blocks = (
-            key.contiguous(),
-            value.contiguous(),
-            saved[11:],
-            key.shape[2],
-        )
+        weights, num_blocks = saved[11:], key.shape[2]
+        key, value = key.contiguous(), value.contiguous()
         d_total = rows.new_zeros((*rows.shape[:2], value.shape[-1]))
         d_far = _gathered(d_total, query, num_blocks)
         _gradient_of_total(grads[0], output, denominator, out=d_far)
