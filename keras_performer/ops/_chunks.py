@@ -193,14 +193,14 @@ def normalize(weighted: Any) -> Any:
 
     The row is first scaled by a constant that brings its denominator to one: the gradient of a
     quotient may be formed from the square of the denominator, which can leave the float32 range.
-    Where there is none the constant is huge, because a selection of rows would take another pass.
+    Where there is none the row is multiplied by zero: to select rows would take another pass.
     """
     axis, value_dim = len(weighted.shape) - 1, weighted.shape[-1] - 1
     denominator = part(weighted, axis, value_dim, 1)
     seen = denominator > 0
-    scale = ops.stop_gradient(ops.where(seen, denominator, -LOG_ZERO))
-    denominator = ops.where(seen, denominator / scale, 1.0)
-    return part(weighted, axis, 0, value_dim) / scale / denominator
+    scale = ops.stop_gradient(ops.where(seen, denominator, 1.0))
+    inverse = ops.where(seen, 1.0 / ops.where(seen, denominator / scale, 1.0), 0.0)
+    return part(weighted, axis, 0, value_dim) / scale * inverse
 
 
 def run_indices(segment_ids: Any, first: Any = None) -> Any:

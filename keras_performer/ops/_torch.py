@@ -373,7 +373,7 @@ def _gathered(spread: Tensor, like: Tensor, num_blocks: int) -> Tensor:
 def _normalized(total: Tensor) -> tuple[Tensor, Tensor]:
     """`normalize`, and what it divides by."""
     denominator = total[..., -1:]
-    denominator = torch.where(denominator > 0, denominator, -LOG_ZERO)
+    denominator = torch.where(denominator > 0, denominator, math.inf)
     return total[..., :-1] / denominator, denominator
 
 
