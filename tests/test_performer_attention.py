@@ -874,7 +874,11 @@ def test_saved_model_loads_bit_equal(options, tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "rank"),
-    [({}, 3), ({"output_shape": (29, 3)}, 3), ({"output_shape": 5, "attention_axes": 2}, 4)],
+    [
+        ({}, 3),
+        ({"output_shape": (29, 3)}, 3),
+        ({"output_shape": 5, "attention_axes": np.int64(2)}, 4),
+    ],
 )
 def test_symbolic_shape_is_the_eager_shape(options, rank):
     shape = (BATCH, LENGTH, WIDTH) if rank == 3 else (BATCH, 3, LENGTH, WIDTH)
@@ -916,6 +920,7 @@ def test_masks_at_their_place_in_a_functional_model():
         ({"dropout": "half"}, r"`dropout` must be at least 0 and below 1"),
         ({"flash_attention": True}, r"no[t]? .*: leave it None. Received: flash_attention=True"),
         ({"attention_axes": (1, 2)}, r"along one axis.*Received: attention_axes=\(1, 2\)"),
+        ({"attention_axes": "time"}, r"an integer.*Received: attention_axes='time'"),
         ({"rotary_max_wavelength": -1.0}, r"must be positive"),
         ({"rotary_max_wavelength": 100.0, "key_dim": 5}, r"key_dim even.*key_dim=5"),
         ({"num_features": 0}, r"`num_features` must be an integer above zero"),
@@ -1198,6 +1203,8 @@ def test_scores_are_those_of_the_output_where_statistics_move():
         ((2, 3, 6, 8), {"attention_axes": 2}, {"segment_ids": np.zeros((2, 6), "int32")}, "axes"),
         ((2, 3, 6, 8), {"attention_axes": 2}, {"positions": np.arange(6)}, "three axes"),
         ((2, 6, 8), {}, {"key_mask": np.ones((3, 6), bool)}, "one row for each of the batch, 2"),
+        ((2, 6, 8), {}, {"value_mask": np.ones((2, 5), bool)}, r"each key, 6\..*shape \(2, 5\)"),
+        ((2, 6, 8), {}, {"key_mask": np.ones(6, bool)}, r"shape \(6,\)"),
         ((2, 6, 8), {}, {"segment_ids": np.zeros((2, 5), "int32")}, r"here \(2, 6\)"),
         (
             (2, 6, 8),

@@ -1,5 +1,6 @@
 """Multi-head attention at a cost linear in length."""
 
+import numbers
 import string
 from typing import Any
 
@@ -159,14 +160,15 @@ class PerformerAttention(keras.layers.Layer):
                 "flash_attention=True fuses a softmax over pairs, which linear attention does not "
                 "form: leave it None. Received: flash_attention=True"
             )
-        if isinstance(attention_axes, int):
-            attention_axes = (attention_axes,)
-        if attention_axes is not None and len(attention_axes) != 1:
-            raise ValueError(
-                "Linear attention runs along one axis, in whose order states are summed: pass one "
-                "attention axis, or reshape the others into it. "
-                f"Received: attention_axes={attention_axes}"
-            )
+        if attention_axes is not None:
+            axes = attention_axes if isinstance(attention_axes, list | tuple) else [attention_axes]
+            if len(axes) != 1 or not isinstance(axes[0], numbers.Integral):
+                raise ValueError(
+                    "Linear attention runs along one axis, in whose order states are summed: pass "
+                    "one attention axis, an integer, or reshape the others into it. "
+                    f"Received: attention_axes={attention_axes!r}"
+                )
+            attention_axes = (int(axes[0]),)
         if rotary_max_wavelength is not None and (rotary_max_wavelength <= 0 or key_dim % 2):
             raise ValueError(
                 "Rotary positions turn pairs of dimensions: rotary_max_wavelength must be positive "
@@ -754,6 +756,8 @@ class PerformerAttention(keras.layers.Layer):
         masks = [ops.cast(m, "bool") for m in key_masks if m is not None]
         if rank > 3:
             masks = [self._batch_key_mask(m, rank) for m in masks]
+        for mask in masks:
+            _check_key_mask(mask, key)
         if attention_mask is not None:
             if rank > 3:
                 raise ValueError(
@@ -772,11 +776,6 @@ class PerformerAttention(keras.layers.Layer):
             return None
         # A mask may be shared by the rows of the batch.
         shape = ops.shape(merged)
-        if merged.shape[0] != 1 and differ(merged.shape[0], key.shape[0]):
-            raise ValueError(
-                f"A mask of keys must have one row for each of the batch, {key.shape[0]}, or one "
-                f"for all. Received: a mask of shape {tuple(merged.shape)}"
-            )
         return ops.broadcast_to(merged, (ops.shape(key)[0], *shape[1:-1], ops.shape(key)[1]))
 
     def _batch_key_mask(self, mask: Any, rank: int) -> Any:
@@ -893,6 +892,17 @@ def attention_layers(model: keras.Model) -> list[PerformerAttention]:
     ['first']
     """
     return [x for x in model._flatten_layers() if isinstance(x, PerformerAttention)]
+
+
+def _check_key_mask(mask: Any, key: Any) -> None:
+    """Raise ValueError for a mask of keys (B, S, K, H) that is not (B, S), or as many times one."""
+    batch, length = key.shape[:2]
+    if not any(fits(mask.shape, (rows, keys)) for rows in (batch, 1) for keys in (length, 1)):
+        raise ValueError(
+            f"A mask of keys must have one row for each of the batch, {batch}, or one for all, and "
+            f"in it one place for each key, {length}. Received: a mask of shape "
+            f"{tuple(mask.shape)}"
+        )
 
 
 def _check_places(
