@@ -119,6 +119,23 @@ def test_strings_in_strings_out(sampler):
         assert text.startswith(prompt)
 
 
+def test_targets_come_without_their_prompts():
+    model = make_model()
+    sources, prompts = ["MKTAY", "M"], ["ACD", "Y"]
+    inputs = {"encoder_text": sources, "decoder_text": prompts}
+    whole = model.generate(inputs, stop_token_ids=None)
+    rest = model.generate(inputs, stop_token_ids=None, strip_prompt=True)
+    assert [prompt + text for prompt, text in zip(prompts, rest, strict=True)] == whole
+    assert model.generate(inputs, stop_token_ids=None) == whole
+    assert model.generate({"encoder_text": sources}) == model.generate(sources)
+    numbers = model.preprocessor.generate_preprocess(inputs)
+    model.preprocessor = None
+    stripped = model.generate(numbers, stop_token_ids=None, strip_prompt=True)
+    mask = to_numpy(stripped["decoder_padding_mask"])
+    np.testing.assert_array_equal(mask.sum(axis=1), [8, 10])  # of 12, less start and prompt
+    assert not np.any(np.diff(mask.astype(int), axis=1) > 0)
+
+
 @pytest.mark.slow
 def test_learns_to_copy_from_strings():
     model = make_model(num_layers=1)

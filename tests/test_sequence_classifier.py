@@ -295,3 +295,21 @@ def test_arguments_that_nothing_takes_are_refused():
             make(exact_windw=16)
     with pytest.raises(TypeError, match="num_class=2"):
         PerformerSequenceClassifier.from_preset("performer_localization_small", num_class=2)
+
+
+def test_classes_that_there_are_not_are_refused_before_a_step():
+    """JAX would make some loss of them."""
+    texts, message = ["MKT", "A", "W"], r"from 0 to 2\. Received: a label of .*num_classes=3"
+    for labels in ([0, 1, 3], np.array([-1, 0, 1]), ["a", "b", "c"]):
+        with pytest.raises(ValueError, match=message):
+            make_task().fit(texts, labels, batch_size=1, verbose=0)
+    with pytest.raises(ValueError, match=message):
+        make_task().fit(texts, [0, 1, 2], validation_data=(texts, [0, 1, 3]), verbose=0)
+    numbers = make_task(problem="regression")
+    numbers.evaluate(texts, [[0.0, 1, 2], [3, 4, 5], [-1, -2, 7]], verbose=0)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_backbone_is_refused():
+    with pytest.raises(ValueError, match=r"ByteTokenizer of \d+ tokens, .*vocabulary_size=30"):
+        preprocessor = PerformerSequenceClassifierPreprocessor(ByteTokenizer(), 9)
+        PerformerSequenceClassifier(make_backbone(), 3, preprocessor)

@@ -192,3 +192,13 @@ def test_rows_of_labels_and_weights_may_be_ragged_or_padded():
 def test_labels_that_are_no_classes_are_refused(label):
     with pytest.raises(ValueError, match=r"integers from 0 on, and the ignored_label -1"):
         make_preprocessor()(["MKT"], [[1, label, 2]])
+
+
+@pytest.mark.parametrize("method", ["fit", "evaluate"])
+def test_classes_that_there_are_not_are_refused_before_a_step(method):
+    """JAX would make some loss of them."""
+    task = make_task()
+    before = [to_numpy(w) for w in task.weights]
+    with pytest.raises(ValueError, match=r"from 0 to 2\. Received: a label of .*3.*num_classes=3"):
+        getattr(task, method)(["MK", "AY"], [[1, -1], [3, 0]], batch_size=1, verbose=0)
+    assert all(map(np.array_equal, before, map(to_numpy, task.weights)))

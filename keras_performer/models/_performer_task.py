@@ -3,7 +3,7 @@
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import keras
@@ -47,7 +47,7 @@ def take_loaders(cls: _Class) -> _Class:
                     (x, y, sample_weight), validation_split
                 )
             kwargs.setdefault("validation_batch_size", batch_size)
-            x = _Rows(x, y, sample_weight, batch_size, kwargs.pop("shuffle", True))
+            x = _Rows(self, x, y, sample_weight, batch_size, kwargs.pop("shuffle", True))
             y = sample_weight = batch_size = validation_split = None
             kwargs["shuffle"] = False
         source = _prepared(self, x)
@@ -85,7 +85,7 @@ def take_loaders(cls: _Class) -> _Class:
             kwargs["shuffle"] = False  # the loader does
         validation = _prepared(self, validation_data)
         if validation is None and validation_data is not None:
-            validation = _prepare(validation_data, self.preprocess_samples)
+            validation = _prepare(validation_data, self)
         return keras.Model.fit(self, source, validation_data=validation, **kwargs)
 
     @functools.wraps(evaluate)
@@ -100,7 +100,7 @@ def take_loaders(cls: _Class) -> _Class:
         if kwargs.get("_use_cached_eval_dataset"):  # what `fit` evaluates is prepared
             return evaluate(self, x, y, batch_size, sample_weight, **kwargs)
         if _is_raw(self, x):
-            x = _Rows(x, y, sample_weight, batch_size)
+            x = _Rows(self, x, y, sample_weight, batch_size)
             y = sample_weight = batch_size = None
         source = _prepared(self, x)
         if source is None:
@@ -113,7 +113,7 @@ def take_loaders(cls: _Class) -> _Class:
         self: Any, x: Any = None, batch_size: int | None = None, **kwargs: Any
     ) -> Any:
         if _is_raw(self, x):
-            x, batch_size = _Rows(x, None, None, batch_size), None
+            x, batch_size = _Rows(self, x, None, None, batch_size), None
         source = _prepared(self, x)
         if source is None:
             return predict(self, x, batch_size, **kwargs)
@@ -156,8 +156,8 @@ def _is_loader(x: Any) -> bool:
 
 def _prepared(task: Any, x: Any) -> keras.utils.PyDataset | None:
     if isinstance(x, keras.utils.PyDataset):
-        return _PreparedDataset(x, task.preprocess_samples)
-    return _PreparedLoader(x, task.preprocess_samples) if _is_loader(x) else None
+        return _PreparedDataset(x, task)
+    return _PreparedLoader(x, task) if _is_loader(x) else None
 
 
 def _is_raw(task: Any, x: Any) -> bool:
@@ -221,9 +221,16 @@ class _Rows(keras.utils.PyDataset):
     """Batches of samples, labels and weights, in a new order for each epoch or in their own."""
 
     def __init__(
-        self, x: Any, y: Any, sample_weight: Any, batch_size: int | None, shuffle: bool = False
+        self,
+        task: Any,
+        x: Any,
+        y: Any,
+        sample_weight: Any,
+        batch_size: int | None,
+        shuffle: bool = False,
     ):
         super().__init__()
+        _check_labels(task, y)  # before a step, and not in the batch that has the wrong one
         self._columns = (_strings(x), _array(y), _array(sample_weight))
         self._order = np.arange(_num_rows(self._columns))
         self._batch_size = batch_size or 32
@@ -245,14 +252,14 @@ class _Rows(keras.utils.PyDataset):
 class _PreparedDataset(keras.utils.PyDataset):
     """A `PyDataset` whose batches are preprocessed."""
 
-    def __init__(self, dataset: keras.utils.PyDataset, preprocess: Callable[..., Any]):
+    def __init__(self, dataset: keras.utils.PyDataset, task: Any):
         super().__init__(
             workers=dataset.workers,
             use_multiprocessing=dataset.use_multiprocessing,
             max_queue_size=dataset.max_queue_size,
         )
         self._dataset = dataset
-        self._preprocess = preprocess
+        self._task = task
 
     @property
     def num_batches(self) -> int | None:
@@ -262,7 +269,7 @@ class _PreparedDataset(keras.utils.PyDataset):
         return len(self._dataset)  # pyright: ignore[reportArgumentType]
 
     def __getitem__(self, index: int) -> Any:
-        return _prepare(self._dataset[index], self._preprocess)
+        return _prepare(self._dataset[index], self._task)
 
     def on_epoch_begin(self) -> None:
         self._dataset.on_epoch_begin()
@@ -274,7 +281,7 @@ class _PreparedDataset(keras.utils.PyDataset):
 class _PreparedLoader(keras.utils.PyDataset):
     """The preprocessed batches of an iterable of known length, to be read in order."""
 
-    def __init__(self, loader: Any, preprocess: Callable[..., Any]):
+    def __init__(self, loader: Any, task: Any):
         super().__init__()
         try:
             len(loader)
@@ -285,7 +292,7 @@ class _PreparedLoader(keras.utils.PyDataset):
                 f"{type(loader.dataset).__name__}"
             ) from error
         self._loader = loader
-        self._preprocess = preprocess
+        self._task = task
         self._batches: Iterator[Any] = iter(())
 
     def __len__(self) -> int:
@@ -294,7 +301,7 @@ class _PreparedLoader(keras.utils.PyDataset):
     def __getitem__(self, index: int) -> Any:
         if index == 0:
             self._batches = iter(self._loader)
-        return _prepare(next(self._batches), self._preprocess)
+        return _prepare(next(self._batches), self._task)
 
 
 def _refuse(x: Any, **arguments: Any) -> None:
@@ -306,14 +313,38 @@ def _refuse(x: Any, **arguments: Any) -> None:
         )
 
 
-def _prepare(batch: Any, preprocess: Callable[..., Any]) -> tuple[Any, ...]:
+def _prepare(batch: Any, task: Any) -> tuple[Any, ...]:
     # PyTorch collates samples into a list.
     batch = tuple(batch) if isinstance(batch, list | tuple) else (batch,)
     if all(isinstance(item, str | bytes) for item in batch):
         batch = (list(batch),)
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
-    prepared = preprocess(_strings(x), y=_array(y), sample_weight=_array(sample_weight))
+    _check_labels(task, y)
+    prepared = task.preprocess_samples(
+        _strings(x), y=_array(y), sample_weight=_array(sample_weight)
+    )
     return _as_arrays(prepared)
+
+
+def _check_labels(task: Any, y: Any) -> None:
+    """Raise ValueError for labels of classes that there are not: JAX makes some loss of them."""
+    loss, num_classes = getattr(task, "loss", None), getattr(task, "num_classes", None)
+    by_class = isinstance(loss, keras.losses.SparseCategoricalCrossentropy)
+    if num_classes is None or not by_class or y is None or not len(y):
+        return
+    y = _array(y)
+    one_array = isinstance(y, np.ndarray) and y.dtype != object
+    labels = np.ravel(y) if one_array else np.concatenate([np.ravel(row) for row in y])
+    # What a token classifier's preprocessor leaves out.
+    labels = labels[labels != getattr(task.preprocessor, "ignored_label", None)]
+    wrong = labels
+    if labels.dtype.kind in "biuf":
+        wrong = labels[(labels < 0) | (labels >= num_classes)]
+    if wrong.size:
+        raise ValueError(
+            f"Labels must be numbers of classes, from 0 to {num_classes - 1}. Received: a label "
+            f"of {wrong[0]!r}, num_classes={num_classes}"
+        )
 
 
 def _strings(x: Any) -> Any:
@@ -390,12 +421,30 @@ def refuse_labels(y: Any) -> None:
         )
 
 
-def check_backbone(task: str, backbone: Any, *allowed: type) -> None:
-    """Raise TypeError unless `backbone` is of one of the `allowed` classes."""
+def check_parts(task: str, backbone: Any, preprocessor: Any, *allowed: type) -> None:
+    """Raise for parts that do not go together.
+
+    TypeError unless `backbone` is of one of the `allowed` classes, ValueError if the tokenizer of
+    the preprocessor has more tokens than the backbone: an index that is out of an embedding is an
+    error on some backends, and NaN on JAX.
+    """
     if not isinstance(backbone, allowed):
         raise TypeError(
             f"{task} needs a {' or a '.join(cls.__name__ for cls in allowed)}. Received: "
             f"backbone of type {type(backbone).__name__}"
+        )
+    tokenizer = getattr(preprocessor, "tokenizer", None)
+    if tokenizer is None:
+        return
+    try:
+        count = tokenizer.vocabulary_size()
+    except ValueError:  # from a file that keras-hub reads after this
+        return
+    if count > backbone.vocabulary_size:
+        raise ValueError(
+            f"{task} needs a backbone with a place for each token of its tokenizer: make it with "
+            f"vocabulary_size=tokenizer.vocabulary_size(). Received: a {type(tokenizer).__name__} "
+            f"of {count} tokens, a backbone with vocabulary_size={backbone.vocabulary_size}"
         )
 
 

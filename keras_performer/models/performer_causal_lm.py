@@ -9,7 +9,7 @@ from keras_performer.layers._arguments import check_known
 from keras_performer.models._generation import compile_config, generate_step
 from keras_performer.models._load_preset import load_by_name
 from keras_performer.models._performer_task import (
-    check_backbone,
+    check_parts,
     compile_as_saved,
     take_loaders,
     token_loss,
@@ -48,7 +48,7 @@ class PerformerCausalLM(keras_hub.models.CausalLM):
     **Cost** The backbone's, and O(T D vocabulary_size). A generated token costs the same at every
     position.
 
-    **Raises** TypeError for another backbone.
+    **Raises** TypeError for another backbone; ValueError if it has fewer tokens than the tokenizer.
 
     **Example**
 
@@ -75,7 +75,7 @@ class PerformerCausalLM(keras_hub.models.CausalLM):
         **kwargs: Any,
     ):
         check_known(self, kwargs, "name", "trainable", "compile")
-        check_backbone("PerformerCausalLM", backbone, PerformerDecoderBackbone)
+        check_parts("PerformerCausalLM", backbone, preprocessor, PerformerDecoderBackbone)
 
         # === Layers ===
         self.backbone = backbone

@@ -8,7 +8,7 @@ import keras_hub
 from keras_performer.layers._arguments import check_known
 from keras_performer.models._load_preset import load_by_name
 from keras_performer.models._performer_task import (
-    check_backbone,
+    check_parts,
     compile_as_saved,
     keep_quantized_head,
     take_loaders,
@@ -49,7 +49,7 @@ class PerformerMaskedLM(keras_hub.models.MaskedLM):
 
     **Cost** The backbone's, and O(P D (D + vocabulary_size)).
 
-    **Raises** TypeError for another backbone.
+    **Raises** TypeError for another backbone; ValueError if it has fewer tokens than the tokenizer.
 
     **Example**
 
@@ -75,7 +75,7 @@ class PerformerMaskedLM(keras_hub.models.MaskedLM):
         **kwargs: Any,
     ):
         check_known(self, kwargs, "name", "trainable", "compile")
-        check_backbone("PerformerMaskedLM", backbone, PerformerEncoderBackbone)
+        check_parts("PerformerMaskedLM", backbone, preprocessor, PerformerEncoderBackbone)
 
         # === Layers ===
         self.backbone = backbone

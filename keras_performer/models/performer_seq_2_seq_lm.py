@@ -4,12 +4,13 @@ from typing import Any
 
 import keras
 import keras_hub
+import numpy as np
 
 from keras_performer.layers._arguments import check_known
 from keras_performer.models._generation import compile_config, generate_tokens
 from keras_performer.models._load_preset import load_by_name
 from keras_performer.models._performer_task import (
-    check_backbone,
+    check_parts,
     compile_as_saved,
     take_loaders,
     token_loss,
@@ -47,7 +48,7 @@ class PerformerSeq2SeqLM(keras_hub.models.Seq2SeqLM):
 
     **Cost** The backbone's, and O(T D vocabulary_size).
 
-    **Raises** TypeError for another backbone.
+    **Raises** TypeError for another backbone; ValueError if it has fewer tokens than the tokenizer.
 
     **Example**
 
@@ -74,7 +75,7 @@ class PerformerSeq2SeqLM(keras_hub.models.Seq2SeqLM):
         **kwargs: Any,
     ):
         check_known(self, kwargs, "name", "trainable", "compile")
-        check_backbone("PerformerSeq2SeqLM", backbone, PerformerSeq2SeqBackbone)
+        check_parts("PerformerSeq2SeqLM", backbone, preprocessor, PerformerSeq2SeqBackbone)
 
         # === Layers ===
         self.backbone = backbone
@@ -96,6 +97,63 @@ class PerformerSeq2SeqLM(keras_hub.models.Seq2SeqLM):
         super().compile(optimizer=optimizer, loss=loss, **kwargs)
 
     compile_from_config = compile_as_saved
+    _strips_prompt = False
+
+    def generate(
+        self,
+        inputs: Any,
+        max_length: int | None = None,
+        stop_token_ids: Any = "auto",
+        strip_prompt: bool = False,
+    ) -> Any:
+        """Generate a target for each source.
+
+        **Args**
+            inputs: With a preprocessor source strings, or a dict of `encoder_text` and, if there
+                are prompts, `decoder_text`; without one, inputs as the model's. Also `tf.data` of
+                these.
+            max_length: The length T at which generation ends, of prompt and target together; None
+                for the preprocessor's.
+            stop_token_ids: Tokens that end a row, None to go on to T, or "auto" for the tokenizer's
+                end token.
+            strip_prompt: Whether to leave out the decoder's prompt.
+
+        **Returns** Target strings, or without a preprocessor a dict of `decoder_token_ids` and
+        `decoder_padding_mask` (B, T).
+
+        **Raises** ValueError for "auto" without a preprocessor.
+        """
+        self._strips_prompt = strip_prompt
+        try:
+            return super().generate(inputs, max_length, stop_token_ids)
+        finally:
+            self._strips_prompt = False
+
+    def make_generate_function(self) -> Any:
+        """Return the compiled `generate_step`."""
+        generate = super().make_generate_function()
+        if not self._strips_prompt:
+            return generate
+
+        # keras-hub's own strips inputs of decoders alone.
+        def generate_stripped(inputs: dict[str, Any], stop_token_ids: Any = None) -> dict[str, Any]:
+            outputs = generate(inputs, stop_token_ids=stop_token_ids)
+            token_ids, mask, prompt = (
+                np.asarray(keras.ops.convert_to_numpy(x[f"decoder_{name}"]))
+                for x, name in (
+                    (outputs, "token_ids"),
+                    (outputs, "padding_mask"),
+                    (inputs, "padding_mask"),
+                )
+            )
+            mask = np.logical_and(mask, np.logical_not(prompt))
+            first = np.argsort(~mask, axis=1, kind="stable")
+            return {
+                "decoder_token_ids": np.take_along_axis(token_ids, first, axis=1),
+                "decoder_padding_mask": np.take_along_axis(mask, first, axis=1),
+            }
+
+        return generate_stripped
 
     def generate_step(self, inputs: dict[str, Any], stop_token_ids: Any = None) -> dict[str, Any]:
         """Generate after a batch of prompts; the compiled part of `generate`.

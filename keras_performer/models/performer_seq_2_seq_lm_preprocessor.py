@@ -67,6 +67,20 @@ class PerformerSeq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
         x, y, weights = super().call(x, **lengths)
         return x, y, weigh(self, weights, sample_weight)
 
+    def generate_preprocess(self, x: Any, **lengths: Any) -> dict[str, Any]:
+        """Turn sources, and prompts if there are any, into inputs of `generate`.
+
+        **Args**
+            x: Source strings, or a dict of `encoder_text` and, if there are prompts,
+                `decoder_text`.
+            **lengths: As in `call`; `sequence_length` is the decoder's.
+
+        **Returns** A dict of the model's inputs.
+        """
+        if isinstance(x, dict) and "decoder_text" not in x:
+            x = x["encoder_text"]
+        return super().generate_preprocess(x, **lengths)
+
     def generate_postprocess(self, x: dict[str, Any]) -> Any:
         """Turn generated tokens into strings.
 

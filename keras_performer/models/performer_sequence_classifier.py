@@ -11,7 +11,7 @@ from keras_performer.layers._arguments import check_known, dropout_rate, optiona
 from keras_performer.models._load_preset import load_by_name
 from keras_performer.models._masked_pooling import MaskedPooling
 from keras_performer.models._performer_task import (
-    check_backbone,
+    check_parts,
     class_for,
     compile_as_saved,
     keep_quantized_head,
@@ -66,7 +66,8 @@ class PerformerSequenceClassifier(keras_hub.models.TextClassifier):
     **Cost** The backbone's, and O(T D).
 
     **Raises** TypeError for another backbone; ValueError for sizes that are not positive integers,
-    a rate outside [0, 1), an unknown `problem` or `pooling`, or an activation that does not fit.
+    a rate outside [0, 1), an unknown `problem` or `pooling`, an activation that does not fit, or a
+    backbone that has fewer tokens than the tokenizer.
 
     **Example**
 
@@ -104,9 +105,10 @@ class PerformerSequenceClassifier(keras_hub.models.TextClassifier):
         **kwargs: Any,
     ):
         check_known(self, kwargs, "name", "trainable", "compile")
-        check_backbone(
+        check_parts(
             "PerformerSequenceClassifier",
             backbone,
+            preprocessor,
             PerformerEncoderBackbone,
             PerformerDecoderBackbone,
         )

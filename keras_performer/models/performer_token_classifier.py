@@ -9,7 +9,7 @@ from keras_performer.layers._arguments import check_known, dropout_rate, positiv
 from keras_performer.models._load_preset import load_by_name
 from keras_performer.models._performer_backbone import PerformerStack
 from keras_performer.models._performer_task import (
-    check_backbone,
+    check_parts,
     class_for,
     compile_as_saved,
     keep_quantized_head,
@@ -53,7 +53,8 @@ class PerformerTokenClassifier(keras_hub.models.Task):
 
     **Cost** The backbone's, and O(T D num_classes).
 
-    **Raises** TypeError for another backbone; ValueError for sizes that are not positive.
+    **Raises** TypeError for another backbone; ValueError for sizes that are not positive, and for a
+    backbone that has fewer tokens than the tokenizer.
 
     **Example**
 
@@ -84,8 +85,12 @@ class PerformerTokenClassifier(keras_hub.models.Task):
         **kwargs: Any,
     ):
         check_known(self, kwargs, "name", "trainable", "compile")
-        check_backbone(
-            "PerformerTokenClassifier", backbone, PerformerEncoderBackbone, PerformerDecoderBackbone
+        check_parts(
+            "PerformerTokenClassifier",
+            backbone,
+            preprocessor,
+            PerformerEncoderBackbone,
+            PerformerDecoderBackbone,
         )
         num_classes = positive_int("num_classes", num_classes)
 
