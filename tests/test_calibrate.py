@@ -4,6 +4,7 @@ import keras
 import keras_hub
 import numpy as np
 import pytest
+import tensorflow as tf
 from marks import slow_where_compiled
 from test_performerize import (  # noqa: F401, a fixture
     HUB,
@@ -183,6 +184,20 @@ def test_a_calibrated_task_learns_from_strings_and_is_saved_as_before(tmp_path):
     assert type(loaded) is type(student)
     x = inputs_of(student)[0]
     assert_exact(loaded(x), student(x))
+
+
+@pytest.mark.slow_on_tensorflow
+@pytest.mark.slow_on_jax
+def test_batches_of_strings_are_those_of_a_list():
+    teacher = task_of("GPT2CausalLM")
+    texts = ["a quick fox sleeps", "dog runs", "fox runs", "a dog"]
+    losses = []
+    for data in (texts, tf.data.Dataset.from_tensor_slices(texts).batch(2)):
+        student = performerize(teacher, feature_map=LEARNED, exact_window=2)
+        options = {"batch_size": 2, "shuffle": False} if data is texts else {}
+        history = calibrate(student, teacher, data, epochs=2, verbose=0, **options)
+        losses.append(history.history["loss"])
+    np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
 def test_statistics_of_feature_maps_are_gathered():

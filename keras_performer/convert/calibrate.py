@@ -46,7 +46,8 @@ def calibrate(
             is: the same class, the same `compile`, the same frozen layers.
         teacher: The original, with the weights that the student was made with. It is not changed.
         data: Inputs as the models take them: arrays, or datasets of batches, whose targets are
-            ignored. For keras-hub tasks with a preprocessor also a list of strings.
+            ignored. For keras-hub tasks with a preprocessor also strings, in a list, an array or
+            batches of `tf.data`.
         train: "feature_maps" for the maps alone: their `trainable_projection`, learned matrices or
             running statistics. "attention" for the projections of queries, keys, values and outputs
             as well, "all" for everything.
@@ -243,13 +244,28 @@ def _core(model: Any) -> Any:
 
 def _prepared(student: Any, data: Any) -> Any:
     """Data for `fit`, with strings preprocessed as the student does."""
+    if hasattr(data, "element_spec"):  # of `tf.data`, on any backend
+        spec = data.element_spec
+        inputs = spec[0] if isinstance(spec, tuple) else spec
+        if all(x.dtype != "string" for x in keras.tree.flatten(inputs)):
+            return data
+        _check_preprocessor(student, "`tf.data` of strings")
+        return data.map(lambda x, *_: _preprocessed(student, x))
     first = data[0] if isinstance(data, (list, tuple, np.ndarray)) and len(data) else None
     if not isinstance(first, str):
         return data
+    _check_preprocessor(student, f"data beginning with {first!r}")
+    return _preprocessed(student, list(data))
+
+
+def _preprocessed(student: Any, strings: Any) -> Any:
+    samples = student.preprocess_samples(strings)
+    return keras.utils.unpack_x_y_sample_weight(samples)[0]
+
+
+def _check_preprocessor(student: Any, data: str) -> None:
     if not isinstance(student, keras_hub.models.Task) or student.preprocessor is None:
         raise ValueError(
             "Strings need a student that is a keras-hub task with a preprocessor. Received: a "
-            f"student of class {type(student).__name__} and data beginning with {first!r}"
+            f"student of class {type(student).__name__} and {data}"
         )
-    samples = student.preprocess_samples(list(data))
-    return keras.utils.unpack_x_y_sample_weight(samples)[0]
