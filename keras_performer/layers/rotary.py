@@ -4,7 +4,7 @@ from typing import Any
 
 from keras import backend, ops
 
-from keras_performer.ops._sums import by_hand
+from keras_performer.ops._chunks import by_hand
 
 
 def rotate(x: Any, positions: Any, max_wavelength: float) -> Any:

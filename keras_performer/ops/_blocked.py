@@ -17,6 +17,7 @@ from keras import ops
 from keras_performer.ops._chunks import (
     LOG_ZERO,
     by_chunks,
+    by_hand,
     dtype_of,
     exp,
     hide,
@@ -33,7 +34,6 @@ from keras_performer.ops._near_field import NearField
 from keras_performer.ops._scan import carries_of, scan
 from keras_performer.ops._sums import (
     absorb,
-    by_hand,
     combine,
     features,
     initial_carry,

@@ -12,6 +12,7 @@ from keras import ops
 
 from keras_performer.ops._chunks import (
     by_chunks,
+    by_hand,
     join_rows,
     normalize,
     pad,
@@ -31,7 +32,6 @@ from keras_performer.ops._sums import (
     absorb,
     as_state,
     attend_chunk,
-    by_hand,
     features,
     initial_carry,
     keep_run,

@@ -22,6 +22,15 @@ def exp(x: Any) -> Any:
     return ops.exp2(x * LOG2_E) if backend.backend() == "torch" else ops.exp(x)
 
 
+def by_hand(*tensors: Any) -> Any:
+    """The module with gradients written out, where it applies to `tensors`, or None."""
+    if backend.backend() != "torch":
+        return None
+    from keras_performer.ops import _torch
+
+    return _torch if _torch.applies(*tensors) else None
+
+
 def hide(scores: Any, visible: Any) -> Any:
     """Log scores, and the log of zero where they are not `visible`; the two are broadcast.
 

@@ -11,9 +11,9 @@ that floor. The largest feature of a query is 1, so every row with a visible key
 of at least exp(-70), and a quotient by it and its gradient stay within float32, at any norm.
 """
 
-from keras import backend, ops
+from keras import ops
 
-from keras_performer.ops._chunks import LOG_ZERO, dtype_of, exp, hide, normalize, same_run
+from keras_performer.ops._chunks import LOG_ZERO, by_hand, dtype_of, exp, hide, normalize, same_run
 
 # A feature over the smallest denominator is exp(70) then, and a sum of 1e7 of these a float32.
 _RANGE = 70.0
@@ -32,15 +32,6 @@ def most_chunks(numbers):
     if not isinstance(numbers, int):
         return _CHUNKS_UNKNOWN
     return max(1, min(_MOST_CHUNKS, _STEP_NUMBERS // numbers))
-
-
-def by_hand(*tensors):
-    """The module with gradients written out, where it applies to `tensors`, or None."""
-    if backend.backend() != "torch":
-        return None
-    from keras_performer.ops import _torch
-
-    return _torch if _torch.applies(*tensors) else None
 
 
 # What happens inside one chunk.
