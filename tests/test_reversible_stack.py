@@ -9,7 +9,7 @@ from gradients import call
 from keras import ops
 from marks import slow_where_compiled
 from test_encoder_block import inputs
-from tolerances import assert_close, assert_gradients_close, to_numpy
+from tolerances import assert_close, assert_gradients_close, relative_rms, to_numpy
 
 from keras_performer.layers import (
     PerformerDecoderBlock,
@@ -91,6 +91,25 @@ def test_gradients_equal_those_of_the_plain_function(kind, dropout):
     changes = [[a - b for a, b in zip(result, start, strict=True)] for result in results]
     assert_gradients_close(changes[1], changes[0])
     assert all(np.abs(change).max() > 1e-6 for change in changes[0])
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="PyTorch has autocast")
+def test_the_backward_pass_computes_in_the_types_of_autocast():
+    import torch
+
+    results = []
+    for stack_class in (TwoStreams, ReversibleStack):
+        keras.utils.set_random_seed(1)
+        stack = stack_class(make_blocks("encoder"))
+        x = torch.tensor(inputs(), requires_grad=True)
+        stack.build(tuple(x.shape))
+        with torch.autocast("cpu", torch.bfloat16):
+            output = stack(x)
+        weights = [w.value for w in stack.trainable_weights]
+        results.append(torch.autograd.grad(output.float().square().sum(), [x, *weights]))
+    # In float32 it would be 0.01: the streams that come back would be those of another function.
+    for found, expected in zip(*results, strict=True):
+        assert relative_rms(found, expected) < 1e-3
 
 
 @pytest.mark.slow_on_jax

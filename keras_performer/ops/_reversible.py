@@ -49,6 +49,7 @@ def reversible(
     sizes = [len(group) for group in groups]
     tensors = [tensor for group in groups for tensor in group]
     count = len(branches)
+    in_same_types = _within_autocast(streams[0])
 
     def split(tensors: Sequence[Any]) -> tuple[Any, list[Any], Any, list[Any], Any]:
         parts, start = [], 0
@@ -86,7 +87,9 @@ def reversible(
                 return branches[i](x, rest[:size], states[i], rest[size:], constants)
 
             source = both[(i + 1) % 2]
-            delta, found = _pull_back(delta_of, (source, *weights[i], *extras), d_both[i % 2])
+            delta, found = _pull_back(
+                in_same_types(delta_of), (source, *weights[i], *extras), d_both[i % 2]
+            )
             both[i % 2] = both[i % 2] - delta
             d_both[(i + 1) % 2] = d_both[(i + 1) % 2] + found[0]
             d_weights[i] = found[1 : 1 + len(weights[i])]
@@ -122,6 +125,17 @@ def _after(streams: list[Any], grads: list[Any]) -> list[Any]:
         with tf.control_dependencies(grads):
             return [tf.identity(stream) for stream in streams]
     return streams
+
+
+def _within_autocast(x: Any) -> Any:
+    """Decorate what is called later to run in the types that PyTorch's autocast sets now."""
+    if keras.backend.backend() != "torch":
+        return lambda function: function
+    import torch
+
+    device = x.device.type
+    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    return torch.autocast(device, dtype, enabled)
 
 
 def _alone(function: Callable[..., Any], tensors: Sequence[Any], like: Any) -> Any:
