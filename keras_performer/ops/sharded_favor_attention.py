@@ -24,7 +24,8 @@ def sharded_favor_attention(
 
     Each device sums its own keys and values into a state. The states are all that devices exchange:
     added up for all of them, or causally for the devices before each. Use it for a context that is
-    too long for the memory of one device.
+    too long for the memory of one device. A `jax.shard_map` of your own, over batches or heads, can
+    call `favor_attention` itself, with `check_vma=False`.
 
     **Shapes** as in `favor_attention`: B batch, T query length, S key length, N query heads, K
     key/value heads, H head size, V value head size, M features. T and S are whole lengths, each a
