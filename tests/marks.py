@@ -18,3 +18,9 @@ def slow_on_torch(*cases):
 def slow_where_compiled(*cases):
     """Cases that are left to the slow run on JAX and TensorFlow."""
     return [pytest.param(case, marks=COMPILED) for case in cases]
+
+
+def slow_where_interpreted(*cases):
+    """Cases of fused kernels that are left to the slow run, as long as interpreters run them."""
+    marks = (pytest.mark.slow_on_jax, pytest.mark.slow_on_torch)
+    return [pytest.param(case, marks=marks) for case in cases]

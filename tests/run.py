@@ -18,12 +18,14 @@ ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
     "TF_NUM_INTRAOP_THREADS": "1",
     "TF_NUM_INTEROP_THREADS": "1",
-    # Compiling takes longer than what is compiled here: XLA need not optimise it, and its fusion
-    # emitters take twice as long as what they replace.
+    # Compiling takes longer than what is compiled here: XLA need not optimise it, nor split it
+    # among threads, and its fusion emitters take twice as long as what they replace.
+    "JAX_EXEC_TIME_OPTIMIZATION_EFFORT": "-1",
     "XLA_FLAGS": " ".join(
         (
             "--xla_cpu_multi_thread_eigen=false",
             "--xla_backend_optimization_level=0",
+            "--xla_cpu_parallel_codegen_split_count=1",
             "--xla_cpu_use_fusion_emitters=false",
         )
     ),

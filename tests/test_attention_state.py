@@ -192,6 +192,7 @@ def test_the_symbolic_state_has_the_shapes_of_the_real_one(kind):
         assert state_spec[name].dtype == keras.backend.standardize_dtype(tensor.dtype), name
 
 
+@pytest.mark.slow_on_jax
 def test_the_symbolic_state_has_a_segment_if_the_call_has():
     layer, x = make_layer("performer"), make_inputs(3)
     ids = np.zeros((BATCH, 3), "int32")

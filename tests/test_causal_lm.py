@@ -85,8 +85,7 @@ def greedy_by_full_passes(model, inputs):
     "kind",
     [
         "exact_window",
-        *slow_on_jax("performer"),
-        *slow_where_compiled("learned", "softmax", "reversible", "sliding_window"),
+        *slow_where_compiled("performer", "learned", "softmax", "reversible", "sliding_window"),
     ],
 )
 def test_greedy_tokens_are_those_of_full_passes(kind):

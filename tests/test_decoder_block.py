@@ -34,7 +34,7 @@ def make_block(block_class=PerformerDecoderBlock, **options):
 
 
 @pytest.mark.parametrize("kind", FEWER_ON_JAX)
-@pytest.mark.parametrize("place", [0, 3, 6])
+@pytest.mark.parametrize("place", [*slow_on_jax(0, 6), 3])
 def test_the_future_does_not_matter(kind, place):
     block = make_block(**KINDS[kind])
     x = inputs()
@@ -200,6 +200,7 @@ def test_a_functional_model_returns_the_state_of_segments_by_name():
         assert_close(state[name], tensor, "layer")
 
 
+@pytest.mark.slow_on_jax
 def test_a_memory_knows_the_keras_mask():
     block = make_block(cross_attention=True)
     embedding = keras.layers.Embedding(10, 6, mask_zero=True)

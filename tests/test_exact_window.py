@@ -7,7 +7,7 @@ import oracles
 import pytest
 from gradients import attend, attention_gradients, gradients, implementations
 from keras import ops
-from marks import slow_on_jax
+from marks import slow_on_jax, slow_where_compiled
 from samples import make_segments
 from test_favor_attention import (
     BATCH,
@@ -423,7 +423,7 @@ def test_other_float_types(dtype, causal):
     [
         (129,),
         tuple(range(1, 40)),
-        *slow_on_jax((1,), (64,), (5, 6, 100, 137)),
+        *slow_where_compiled((1,), (64,), (5, 6, 100, 137)),
     ],
 )
 def test_split_and_resume_equals_one_call(implementation, segmented, splits):

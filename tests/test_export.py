@@ -186,7 +186,7 @@ def without_preprocessor(model):
     model.preprocessor = preprocessor
 
 
-@pytest.mark.parametrize("format", slow_elsewhere("tf_saved_model", "litert"))
+@pytest.mark.parametrize("format", slow_elsewhere("litert"))
 def test_prefill_and_step_generate_what_the_model_generates(format, generator):
     model, folder = generator(format)
     check_generation(model, open_artefact(artefact_in(folder, format), format))

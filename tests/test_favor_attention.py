@@ -8,6 +8,7 @@ import oracles
 import pytest
 from gradients import attend, attention_gradients, gradients, implementations
 from keras import ops
+from marks import slow_on_jax
 from samples import make_segments
 from tolerances import (
     assert_close,
@@ -160,7 +161,7 @@ def test_equals_the_reference(implementation, causal, masked, segmented, length)
 
 @pytest.mark.parametrize("make", [feature_map, lambda: ReLU(FEATURES, seed=1)])
 @pytest.mark.parametrize("segmented", [False, True])
-@pytest.mark.parametrize("rows", [1, 2**20])
+@pytest.mark.parametrize("rows", [*slow_on_jax(1), 2**20])
 def test_large_batches_take_shorter_steps(monkeypatch, make, segmented, rows):
     """One chunk a step, or all of them in one: the outputs and gradients are the same."""
     monkeypatch.setattr(_sums, "_MOST_CHUNKS", 16)
@@ -334,7 +335,7 @@ def test_the_future_does_not_matter(implementation, key_scale, place):
 
 
 @pytest.mark.parametrize("implementation", PLAIN)
-@pytest.mark.parametrize("scale", [0.01, 0.1, 1.0, 3.0, 8.0])
+@pytest.mark.parametrize("scale", [0.01, *slow_on_jax(0.1), 1.0, *slow_on_jax(3.0), 8.0])
 def test_the_first_causal_output_is_the_first_value(implementation, scale):
     for seed in range(8):
         query, key, value = make_qkv(23, seed=seed, scale=scale)
@@ -495,7 +496,9 @@ def test_segments_equal_separate_calls(causal):
 
 @pytest.mark.parametrize("implementation", PLAIN)
 @pytest.mark.parametrize("segmented", [False, True])
-@pytest.mark.parametrize("splits", [(1,), (CHUNK,), (5, 6, CHUNK + 9), tuple(range(1, 12))])
+@pytest.mark.parametrize(
+    "splits", [(1,), *slow_on_jax((CHUNK,)), (5, 6, CHUNK + 9), tuple(range(1, 12))]
+)
 def test_split_and_resume_equals_one_call(implementation, segmented, splits):
     length = 2 * CHUNK + 31
     query, key, value = make_qkv(length)

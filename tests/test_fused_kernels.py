@@ -14,7 +14,7 @@ import oracles
 import pytest
 from gradients import attend, attention_gradients, gradients
 from keras import ops
-from marks import slow_on_jax
+from marks import slow_on_jax, slow_where_interpreted
 from tolerances import (
     assert_close,
     assert_gradients_close,
@@ -131,7 +131,7 @@ def test_outputs_states_and_every_gradient_equal_the_reference(causal, length):
 
 @needs_kernels
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("dtype", ["bfloat16", *slow_on_jax("float16")])
+@pytest.mark.parametrize("dtype", ["bfloat16", *slow_where_interpreted("float16")])
 def test_16_bit_tensors_equal_the_reference(causal, dtype):
     arrays, fm = make_qkv(WIDE_CHUNK + 13), feature_map()
     direction = make_direction(WIDE_CHUNK + 13)

@@ -5,6 +5,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from marks import slow_where_compiled
 from tolerances import assert_close
 
 pytest.importorskip("rich")
@@ -59,7 +60,11 @@ def save_language_model(folder):
 @pytest.mark.parametrize(
     "backbone_class, options",
     [
-        (PerformerEncoderBackbone, {"exact_window": 4, "num_heads": 4, "num_key_value_heads": 2}),
+        pytest.param(
+            PerformerEncoderBackbone,
+            {"exact_window": 4, "num_heads": 4, "num_key_value_heads": 2},
+            marks=pytest.mark.slow_on_jax,
+        ),
         pytest.param(
             PerformerDecoderBackbone,
             {"exact_window": 4, "num_sink_tokens": 1},
@@ -104,7 +109,7 @@ def test_maps_are_the_weights_that_the_layer_applies_and_those_of_softmax(backbo
 
 
 @pytest.mark.slow_on_jax
-@pytest.mark.parametrize("groups", [3, 0])
+@pytest.mark.parametrize("groups", [3, *slow_where_compiled(0)])
 def test_every_token_is_predicted_while_it_is_masked(groups):
     model = PerformerMaskedLM.from_preset("performer_tiny")
     row = ROW[:13]

@@ -42,8 +42,8 @@ BACKBONES = {
 }
 
 
-# One backend in the short run: they compile for minutes.
-if keras.config.backend() != "tensorflow":
+# One backend in the short run: the others compile for minutes.
+if keras.config.backend() != "torch":
     pytestmark = pytest.mark.slow
 
 
@@ -65,7 +65,6 @@ class TestKerasHub(test_case.TestCase):
                 expected_output_shape=(2, 5, 8),
             )
 
-    @pytest.mark.slow_on_tensorflow
     def test_encoder_decoder_backbone(self):
         names = [f"{part}_{x}" for part in ("encoder", "decoder") for x in ("ids", "mask")]
         names = [n.replace("ids", "token_ids").replace("mask", "padding_mask") for n in names]
@@ -86,7 +85,6 @@ class TestKerasHub(test_case.TestCase):
                 cls=backbone_class, init_kwargs={**SIZES, **options}, input_data=data
             )
 
-    @pytest.mark.slow_on_tensorflow
     def test_masked_language_model(self):
         # Masks are drawn afresh at every call; these can only be everywhere.
         preprocessor = PerformerMaskedLMPreprocessor(
@@ -102,7 +100,6 @@ class TestKerasHub(test_case.TestCase):
             train_data=(PROTEINS,),
         )
 
-    @pytest.mark.slow_on_tensorflow
     def test_causal_language_model(self):
         preprocessor = PerformerCausalLMPreprocessor(ProteinTokenizer(), sequence_length=12)
         self.run_task_test(
@@ -112,7 +109,6 @@ class TestKerasHub(test_case.TestCase):
             expected_output_shape=(4, 12, 30),
         )
 
-    @pytest.mark.slow_on_tensorflow
     def test_sequence_classifier(self):
         preprocessor = PerformerSequenceClassifierPreprocessor(
             ProteinTokenizer(), sequence_length=12

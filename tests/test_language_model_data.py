@@ -5,7 +5,7 @@ import functools
 import keras
 import numpy as np
 import pytest
-from marks import slow_on_jax
+from marks import slow_on_jax, slow_where_compiled
 from tolerances import assert_close, to_numpy
 
 from keras_performer.models import (
@@ -96,7 +96,9 @@ def sources(kind):
 
 # The causal one is enough where every model is compiled.
 @pytest.mark.usefixtures("eager")
-@pytest.mark.parametrize("kind", ["causal", *slow_on_jax("masked", "seq_2_seq")])
+@pytest.mark.parametrize(
+    "kind", ["causal", *slow_on_jax("masked"), *slow_where_compiled("seq_2_seq")]
+)
 def test_all_sources_train_as_prepared_arrays_do(kind):
     task = make_task(kind)
     start = task.get_weights()

@@ -127,6 +127,7 @@ def test_memory_of_a_reversible_step_does_not_grow_with_depth():
     assert peaks[1] < 1.1 * peaks[0]
 
 
+@pytest.mark.slow_on_torch
 @linux
 @pytest.mark.slow_on_jax
 @pytest.mark.slow_on_tensorflow

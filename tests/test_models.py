@@ -256,6 +256,7 @@ def test_masked_lm_predicts_at_the_masked_positions_with_tied_weights():
     assert [w.path for w in tables] == [task.backbone.token_embedding.embeddings.path]
 
 
+@pytest.mark.slow_on_tensorflow
 def test_masked_lm_learns_from_strings_and_every_weight_moves():
     # Every sequence repeats one letter: a masked one can be told from the others only.
     keras.utils.set_random_seed(0)

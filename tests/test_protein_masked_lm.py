@@ -77,6 +77,7 @@ def finished(fasta, tmp_path_factory):
     return run(fasta, output, **{"training.precision": "mixed_bfloat16"}), output
 
 
+@pytest.mark.slow_on_torch
 def test_the_job_learns_and_writes_what_it_says(finished, fasta):
     metrics, output = finished
     assert json.loads((output / "metrics.json").read_text(encoding="utf-8")) == metrics
