@@ -1220,6 +1220,30 @@ def test_what_does_not_fit_the_inputs_is_refused(shape, options, call, message):
         make_layer(**options)(x, x, **call)
 
 
+def test_outer_axes_that_differ_are_refused():
+    """Their product may be the same: rows would attend to those of others."""
+    layer = make_layer(attention_axes=2)
+    with pytest.raises(ValueError, match=r"here 2\. Received: query of shape \(2, 3, 5, 8\), val"):
+        layer(normal(2, 3, 5, 8), normal(3, 2, 5, 8))
+
+
+@pytest.mark.parametrize("feature_map", ["favor_plus", None])
+def test_a_memory_takes_the_masks_that_a_call_takes(feature_map):
+    layer, x = make_layer(feature_map=feature_map), make_inputs(6)
+    mask = np.arange(6)[None] < 4
+    output = layer(x, x, key_mask=mask)
+    assert_layer_close(layer.read(x, layer.memory(x, mask)), output)
+    with pytest.raises(ValueError, match=r"each key, 6\."):
+        layer.memory(x, mask[:, :5])
+
+
+@pytest.mark.parametrize("seed", [2**31 + 5, 2**32 - 1])
+def test_seeds_of_any_size_draw_dropout(seed):
+    x = make_inputs()
+    layer = make_layer(dropout=0.5, seed=seed)
+    assert np.abs(to_numpy(layer(x, x, training=True)) - to_numpy(layer(x, x))).max() > 1e-3
+
+
 def test_positions_of_other_keys_are_refused():
     x = make_inputs(6)
     layer = make_layer(rotary_max_wavelength=100.0)

@@ -92,6 +92,19 @@ def dropout_rate(name: str, value: float) -> float:
     return value
 
 
+def seed_of(seed: int | None, stream: int = 0) -> int | None:
+    """Return the seed of one of the streams of random numbers of a layer, None for None.
+
+    PyTorch's generators hold their state in int32.
+
+    **Example**
+
+    >>> seed_of(7, stream=1), seed_of(2**31 + 5), seed_of(None)
+    (8, 5, None)
+    """
+    return None if seed is None else (seed + stream) % 2**31
+
+
 def check_near_field(
     exact_window: int | None, num_sink_tokens: int, far_bias: float | None
 ) -> None:

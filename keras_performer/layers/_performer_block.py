@@ -12,6 +12,7 @@ from keras_performer.layers._arguments import (
     dropout_rate,
     optional_int,
     positive_int,
+    seed_of,
     split_width,
 )
 from keras_performer.layers._recomputed import recomputed
@@ -183,7 +184,7 @@ class PerformerBlock(keras.layers.Layer):
     def _build_dropout(self, name: str, stream: int) -> keras.layers.Layer:
         return keras.layers.Dropout(
             self.dropout,
-            seed=None if self.seed is None else self.seed + stream,
+            seed=seed_of(self.seed, stream),
             dtype=self.dtype_policy,
             name=name,
         )

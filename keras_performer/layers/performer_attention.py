@@ -14,6 +14,7 @@ from keras_performer.layers._arguments import (
     dropout_rate,
     optional_int,
     positive_int,
+    seed_of,
 )
 from keras_performer.layers._recording import record, recorded
 from keras_performer.layers.rotary import rotate
@@ -224,7 +225,7 @@ class PerformerAttention(keras.layers.Layer):
                 f"{exact_window}, feature_map={feature_map!r}, sliding_window={sliding_window}"
             )
         self._feature_map = None
-        self._seed_generator = keras.random.SeedGenerator(seed) if dropout > 0 else None
+        self._seed_generator = keras.random.SeedGenerator(seed_of(seed)) if dropout > 0 else None
 
     @classmethod
     def from_attention(
@@ -359,6 +360,8 @@ class PerformerAttention(keras.layers.Layer):
         _check_places(rank, segment_ids, positions, query.shape, value.shape, one_line)
         gate = self._gate_dense(query) if self.use_gate else None
         outer_shape = None
+        if rank > 3:
+            _check_outer_axes(query.shape, value.shape, key.shape, axis)
         query, key, value = self._query_dense(query), self._key_dense(key), self._value_dense(value)
         if self.qk_norm:
             query, key = self._query_norm(query), self._key_norm(key)
@@ -480,7 +483,9 @@ class PerformerAttention(keras.layers.Layer):
             key = self._key_norm(key)
         batch, length = ops.shape(key)[:2]
         if key_mask is None:
-            key_mask = ops.ones((batch, length), "bool")
+            key_mask = ops.ones((1, 1), "bool")
+        _check_key_mask(key_mask, key)
+        key_mask = ops.broadcast_to(key_mask, (batch, length))
         if self._is_exact:
             mask = ops.expand_dims(key_mask, (2, 3))
             key, value = (ops.where(mask, x, ops.zeros_like(x)) for x in (key, value))
@@ -892,6 +897,18 @@ def attention_layers(model: keras.Model) -> list[PerformerAttention]:
     ['first']
     """
     return [x for x in model._flatten_layers() if isinstance(x, PerformerAttention)]
+
+
+def _check_outer_axes(query_shape: Any, value_shape: Any, key_shape: Any, axis: int) -> None:
+    """Raise ValueError unless inputs agree in the axes that attention does not run along."""
+    for place in range(len(query_shape) - 1):
+        sizes = [shape[place] for shape in (query_shape, value_shape, key_shape)]
+        if place != axis and any(differ(sizes[0], size) for size in sizes[1:]):
+            raise ValueError(
+                "query, value and key must agree in all axes but the last and that of attention, "
+                f"here {axis}. Received: query of shape {tuple(query_shape)}, value of shape "
+                f"{tuple(value_shape)}, key of shape {tuple(key_shape)}"
+            )
 
 
 def _check_key_mask(mask: Any, key: Any) -> None:

@@ -12,6 +12,7 @@ from keras_performer.layers._arguments import (
     check_near_field,
     dropout_rate,
     positive_int,
+    seed_of,
     split_width,
 )
 
@@ -150,7 +151,7 @@ class PerformerBackbone(keras_hub.models.Backbone):
             )
             self.embeddings_add = keras.layers.Add(dtype=dtype, name="embeddings_add")
         self.embeddings_dropout = keras.layers.Dropout(
-            dropout, seed=seed, dtype=dtype, name="embeddings_dropout"
+            dropout, seed=seed_of(seed), dtype=dtype, name="embeddings_dropout"
         )
         self.reversible = reversible
         self._make_blocks(
