@@ -637,6 +637,7 @@ def _write_example(model: keras.Model, signatures: list[str], folder: Path) -> N
         "k": getattr(tokenizer, "k", None),
         "stride": getattr(tokenizer, "stride", None),
         **special,
+        "starts": getattr(preprocessor, "add_start_token", True),
         "tokens": [tokenizer.id_to_token(i) for i in range(size)],
     }
     text = json.dumps(facts, ensure_ascii=False, indent=1)

@@ -366,3 +366,14 @@ def test_recomputed_blocks_have_the_same_gradients(options, length, eagerly):
     for kept, recomputed in zip(*changes, strict=True):
         np.testing.assert_allclose(recomputed, kept, rtol=1e-4, atol=1e-5)
     assert max(np.abs(change).max() for change in changes[0]) > 1e-2
+
+
+def test_prompts_begin_as_strings_do_in_training():
+    preprocessor = PerformerCausalLMPreprocessor(ProteinTokenizer(), 5, add_start_token=False)
+    trained = to_numpy(preprocessor(["MKTAY"])[0]["token_ids"])
+    prompt = preprocessor.generate_preprocess(["MKTAY"])
+    np.testing.assert_array_equal(to_numpy(prompt["token_ids"]), trained)
+    preprocessor.sequence_length = 4
+    assert to_numpy(preprocessor.generate_preprocess("MK")["padding_mask"]).tolist() == [1, 1, 0, 0]
+    with pytest.raises(ValueError, match=r"needs a token to go on from.*\[1, 0\] tokens"):
+        preprocessor.generate_preprocess(["M", ""])

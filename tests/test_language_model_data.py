@@ -185,3 +185,22 @@ def test_one_weight_a_row_is_needed():
         task.fit(np.array(TEXTS), sample_weight=WEIGHTS, validation_split=0.9)
     with pytest.raises(ValueError, match=r"leave out the other arguments\. Received: sample_w"):
         task.fit(Batches([TEXTS]), sample_weight=WEIGHTS)
+    with pytest.raises(ValueError, match=r"without labels go with strings.*type _Strings"):
+        task.evaluate(_Strings(), sample_weight=WEIGHTS)
+
+
+class _Strings:
+    """Neither a list nor an array."""
+
+
+@pytest.mark.slow_on_jax
+@pytest.mark.usefixtures("eager")
+def test_whatever_validates_weights_count():
+    tf = pytest.importorskip("tensorflow")
+    dataset = tf.data.Dataset.from_tensor_slices(TEXTS).batch(2)
+    task = make_task("causal")
+    expected = pytest.approx(task.evaluate(TEXTS, batch_size=2, verbose=0)[0], rel=1e-5)
+    options = {"sample_weight": 0 * WEIGHTS, "batch_size": 2, "verbose": 0}
+    for validation in (TEXTS, np.array(TEXTS), (TEXTS,), dataset):
+        history = task.fit(TEXTS, validation_data=validation, **options).history
+        assert history["loss"] == [0.0] and history["val_loss"] == [expected]

@@ -128,6 +128,10 @@ def test_targets_come_without_their_prompts():
     assert [prompt + text for prompt, text in zip(prompts, rest, strict=True)] == whole
     assert model.generate(inputs, stop_token_ids=None) == whole
     assert model.generate({"encoder_text": sources}) == model.generate(sources)
+    one = {"encoder_text": "MKT", "decoder_text": "A"}
+    assert isinstance(model.generate(one), str) and one["encoder_text"] == "MKT"
+    with pytest.raises(ValueError, match="2 of encoder_text, 1 of decoder_text"):
+        model.generate({"encoder_text": sources, "decoder_text": "A"})
     numbers = model.preprocessor.generate_preprocess(inputs)
     model.preprocessor = None
     stripped = model.generate(numbers, stop_token_ids=None, strip_prompt=True)

@@ -305,6 +305,14 @@ def test_classes_that_there_are_not_are_refused_before_a_step():
             make_task().fit(texts, labels, batch_size=1, verbose=0)
     with pytest.raises(ValueError, match=message):
         make_task().fit(texts, [0, 1, 2], validation_data=(texts, [0, 1, 3]), verbose=0)
+    by_name = make_task(activation="softmax")
+    by_name.compile("adam", "sparse_categorical_crossentropy")
+    with pytest.raises(ValueError, match=message):
+        by_name.evaluate(texts, [0, 1, 7], verbose=0)
+    ignoring = make_task()
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=-1)
+    ignoring.compile("adam", loss)
+    ignoring.evaluate(texts, [0, 1, -1], verbose=0)
     numbers = make_task(problem="regression")
     numbers.evaluate(texts, [[0.0, 1, 2], [3, 4, 5], [-1, -2, 7]], verbose=0)
 

@@ -188,6 +188,12 @@ def test_rows_of_labels_and_weights_may_be_ragged_or_padded():
     np.testing.assert_allclose(ragged, padded, rtol=1e-6)
 
 
+def test_rows_of_labels_and_weights_are_as_many_as_sequences():
+    for labels, weights in (([[0, 1, 2], [0]], None), ([], None), ([[0, 1, 2]], [1.0, 1.0])):
+        with pytest.raises(ValueError, match=r"Received: 1 sequences, \d rows of labels, \d weigh"):
+            make_preprocessor()(["MKT"], labels, weights)
+
+
 @pytest.mark.parametrize("label", [-100, 0.5])
 def test_labels_that_are_no_classes_are_refused(label):
     with pytest.raises(ValueError, match=r"integers from 0 on, and the ignored_label -1"):

@@ -40,8 +40,15 @@ def take_loaders(cls: _Class) -> _Class:
         validation_split: float | None = None,
         **kwargs: Any,
     ) -> Any:
-        validates_dataset = validation_data is not None and not isinstance(validation_data, tuple)
-        if _is_raw(self, x) and (not validates_dataset or _is_loader(validation_data)):
+        if _is_raw(self, validation_data) and not isinstance(validation_data, tuple):
+            validation_data = (validation_data,)
+        takes_validation = (
+            validation_data is None
+            or isinstance(validation_data, tuple)
+            or _is_loader(validation_data)
+            or _is_tf_dataset(validation_data)
+        )
+        if _is_raw(self, x) and takes_validation:
             if validation_split and validation_data is None:
                 (x, y, sample_weight), validation_data = _split(
                     (x, y, sample_weight), validation_split
@@ -58,6 +65,7 @@ def take_loaders(cls: _Class) -> _Class:
                     f"or strings. Received: x of type {type(x).__name__}, validation_data of type "
                     f"{type(validation_data).__name__}"
                 )
+            _refuse_weights_alone(self, x, y, sample_weight)
             columns = validation_data if isinstance(validation_data, tuple) else ()
             if len(columns) == 3 and columns[1] is None and columns[2] is not None:
                 raise ValueError(  # keras-hub would drop them
@@ -83,9 +91,7 @@ def take_loaders(cls: _Class) -> _Class:
         )
         if not isinstance(x, keras.utils.PyDataset):
             kwargs["shuffle"] = False  # the loader does
-        validation = _prepared(self, validation_data)
-        if validation is None and validation_data is not None:
-            validation = _prepare(validation_data, self)
+        validation = _prepared_validation(self, validation_data)
         return keras.Model.fit(self, source, validation_data=validation, **kwargs)
 
     @functools.wraps(evaluate)
@@ -104,6 +110,7 @@ def take_loaders(cls: _Class) -> _Class:
             y = sample_weight = batch_size = None
         source = _prepared(self, x)
         if source is None:
+            _refuse_weights_alone(self, x, y, sample_weight)
             return evaluate(self, x, y, batch_size, sample_weight, **kwargs)
         _refuse(x, y=y, batch_size=batch_size, sample_weight=sample_weight)
         return keras.Model.evaluate(self, source, **kwargs)
@@ -154,10 +161,30 @@ def _is_loader(x: Any) -> bool:
     )
 
 
+def _is_tf_dataset(x: Any) -> bool:
+    return hasattr(x, "element_spec")
+
+
+def _refuse_weights_alone(task: Any, x: Any, y: Any, sample_weight: Any) -> None:
+    """Raise ValueError for weights that keras-hub would drop."""
+    if sample_weight is not None and y is None and task.preprocessor is not None:
+        raise ValueError(
+            "Weights of strings without labels go with strings in a list or an array, or in a "
+            f"loader. Received: x of type {type(x).__name__}"
+        )
+
+
 def _prepared(task: Any, x: Any) -> keras.utils.PyDataset | None:
     if isinstance(x, keras.utils.PyDataset):
         return _PreparedDataset(x, task)
     return _PreparedLoader(x, task) if _is_loader(x) else None
+
+
+def _prepared_validation(task: Any, data: Any) -> Any:
+    loader = _prepared(task, data)
+    if loader is not None or data is None:
+        return loader
+    return data.map(task.preprocess_samples) if _is_tf_dataset(data) else _prepare(data, task)
 
 
 def _is_raw(task: Any, x: Any) -> bool:
@@ -329,14 +356,18 @@ def _prepare(batch: Any, task: Any) -> tuple[Any, ...]:
 def _check_labels(task: Any, y: Any) -> None:
     """Raise ValueError for labels of classes that there are not: JAX makes some loss of them."""
     loss, num_classes = getattr(task, "loss", None), getattr(task, "num_classes", None)
-    by_class = isinstance(loss, keras.losses.SparseCategoricalCrossentropy)
+    if isinstance(loss, str):
+        loss = keras.losses.get(loss)
+    by_class = loss is keras.losses.sparse_categorical_crossentropy
+    by_class = by_class or isinstance(loss, keras.losses.SparseCategoricalCrossentropy)
     if num_classes is None or not by_class or y is None or not len(y):
         return
     y = _array(y)
     one_array = isinstance(y, np.ndarray) and y.dtype != object
     labels = np.ravel(y) if one_array else np.concatenate([np.ravel(row) for row in y])
-    # What a token classifier's preprocessor leaves out.
-    labels = labels[labels != getattr(task.preprocessor, "ignored_label", None)]
+    # What a token classifier's preprocessor leaves out, and the loss.
+    for holder, name in ((task.preprocessor, "ignored_label"), (loss, "ignore_class")):
+        labels = labels[labels != getattr(holder, name, None)]
     wrong = labels
     if labels.dtype.kind in "biuf":
         wrong = labels[(labels < 0) | (labels >= num_classes)]

@@ -4,6 +4,7 @@ from typing import Any
 
 import keras
 import keras_hub
+import numpy as np
 
 from keras_performer.models._load_preset import load_by_name
 from keras_performer.models._performer_task import refuse_labels, weigh
@@ -48,6 +49,18 @@ class PerformerCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
     backbone_cls = PerformerDecoderBackbone
     tokenizer_cls = ProteinTokenizer
 
+    def build(self, input_shape: Any) -> None:
+        """Make the layer that packs."""
+        super().build(input_shape)
+        if not self.add_start_token:
+            # keras-hub asks it for a start token before prompts all the same.
+            self.packer = keras_hub.layers.StartEndPacker(
+                end_value=self.tokenizer.end_token_id,
+                pad_value=self.tokenizer.pad_token_id,
+                sequence_length=self.sequence_length,
+                return_padding_mask=True,
+            )
+
     def call(
         self,
         x: Any,
@@ -68,3 +81,24 @@ class PerformerCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         refuse_labels(y)
         x, y, weights = super().call(x, sequence_length=sequence_length)
         return x, y, weigh(self, weights, sample_weight)
+
+    def generate_preprocess(self, x: Any, sequence_length: int | None = None) -> dict[str, Any]:
+        """Turn prompts into inputs of `generate`.
+
+        **Args**
+            x: A string or a batch of strings.
+            sequence_length: Length T at which generation ends, instead of the constructor's.
+
+        **Returns** A dict of `token_ids` and `padding_mask` (B, T).
+
+        **Raises** ValueError for a prompt without a token, where there is no start token.
+        """
+        inputs = super().generate_preprocess(x, sequence_length=sequence_length)
+        if not self.add_start_token and not self._use_tf_workflow():
+            lengths = np.sum(keras.ops.convert_to_numpy(inputs["padding_mask"]), axis=-1)
+            if not np.all(lengths):
+                raise ValueError(
+                    "With add_start_token=False every prompt needs a token to go on from. "
+                    f"Received: prompts of {np.ravel(lengths).tolist()} tokens"
+                )
+        return inputs

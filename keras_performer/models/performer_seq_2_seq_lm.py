@@ -123,6 +123,7 @@ class PerformerSeq2SeqLM(keras_hub.models.Seq2SeqLM):
 
         **Raises** ValueError for "auto" without a preprocessor.
         """
+        inputs = dict(inputs) if isinstance(inputs, dict) else inputs  # keras-hub fills it anew
         self._strips_prompt = strip_prompt
         try:
             return super().generate(inputs, max_length, stop_token_ids)

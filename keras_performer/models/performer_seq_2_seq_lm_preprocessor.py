@@ -76,9 +76,18 @@ class PerformerSeq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
             **lengths: As in `call`; `sequence_length` is the decoder's.
 
         **Returns** A dict of the model's inputs.
+
+        **Raises** ValueError for prompts that are not one a source.
         """
         if isinstance(x, dict) and "decoder_text" not in x:
             x = x["encoder_text"]
+        if isinstance(x, dict):
+            counts = [len(texts) if isinstance(texts, list) else None for texts in x.values()]
+            if None not in counts and len(set(counts)) > 1:
+                raise ValueError(
+                    "Every source needs a prompt of its own, or none has one. Received: "
+                    + ", ".join(f"{n} of {name}" for name, n in zip(x, counts, strict=True))
+                )
         return super().generate_preprocess(x, **lengths)
 
     def generate_postprocess(self, x: dict[str, Any]) -> Any:

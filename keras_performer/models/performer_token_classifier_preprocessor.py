@@ -98,6 +98,12 @@ class PerformerTokenClassifierPreprocessor(keras_hub.models.Preprocessor):
         if sample_weight is None:
             sample_weight = np.ones(len(rows), "float32")
         sample_weight = [sample_weight] if single else list(sample_weight)
+        if not len(rows) == len(given) == len(sample_weight):
+            raise ValueError(
+                "Every sequence needs a row of labels, and a weight or a row of them if there are "
+                f"any. Received: {len(rows)} sequences, {len(given)} rows of labels, "
+                f"{len(sample_weight)} weights"
+            )
         for i, row in enumerate(rows):
             label = np.asarray(given[i])
             if np.all(label[len(row) :] == self.ignored_label):  # what rows are padded with
