@@ -192,12 +192,15 @@ def test_batches_of_strings_are_those_of_a_list():
     teacher = task_of("GPT2CausalLM")
     texts = ["a quick fox sleeps", "dog runs", "fox runs", "a dog"]
     losses = []
-    for data in (texts, tf.data.Dataset.from_tensor_slices(texts).batch(2)):
+    encoded = [text.encode() for text in texts]
+    for data in (texts, encoded, tf.data.Dataset.from_tensor_slices(texts).batch(2)):
         student = performerize(teacher, feature_map=LEARNED, exact_window=2)
-        options = {"batch_size": 2, "shuffle": False} if data is texts else {}
-        history = calibrate(student, teacher, data, epochs=2, verbose=0, **options)
-        losses.append(history.history["loss"])
-    np.testing.assert_allclose(*losses, rtol=1e-4)
+        options = {"batch_size": 2, "shuffle": False} if isinstance(data, list) else {}
+        options |= {"validation_data": (texts,), "validation_batch_size": 2}
+        history = calibrate(student, teacher, data, epochs=2, verbose=0, **options).history
+        losses.append([*history["loss"], *history["val_loss"]])
+    for other in losses[1:]:
+        np.testing.assert_allclose(other, losses[0], rtol=1e-4)
 
 
 def test_statistics_of_feature_maps_are_gathered():

@@ -863,6 +863,17 @@ def test_writing_scalars_leaves_tensorflow_out(tmp_path):
     assert read_scalars(tmp_path) == {("a", 2): 1.0}
 
 
+def test_a_training_that_failed_leaves_no_file_open(tmp_path):
+    model, data = make_model(), make_data(2)
+    health = AttentionHealth(data[0], log_dir=str(tmp_path))
+    health.set_model(model)
+    health.on_train_begin()
+    first = health._writer
+    health.on_train_begin()  # without an end between
+    assert health._writer is not first and first._records.closed
+    health.on_train_end()
+
+
 def test_a_folder_for_scalars_needs_tensorboard(monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(

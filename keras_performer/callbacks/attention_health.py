@@ -103,6 +103,7 @@ class AttentionHealth(keras.callbacks.Callback):
     def on_train_begin(self, logs: Any = None) -> None:
         """Begin a new history, and check that there is something to measure."""
         self._check()
+        self.on_train_end()  # of a training that an exception ended
         self.history, self._logs, self._has_warned = [], {}, False
         if self.log_dir is not None:
             from keras_performer.callbacks._scalar_writer import ScalarWriter

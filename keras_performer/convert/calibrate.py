@@ -114,7 +114,10 @@ def calibrate(
             transfer.student(_inputs_of(transfer.student, first), training=False)
         _check_far_keys(records)
     if fit_options.get("validation_data") is not None:
-        fit_options["validation_data"] = _prepared(student, fit_options["validation_data"])
+        validation_data = fit_options["validation_data"]
+        if isinstance(validation_data, tuple):
+            validation_data = validation_data[0]  # targets are ignored
+        fit_options["validation_data"] = _prepared(student, validation_data)
     # Of variables, not of layers: a frozen layer hides what is trainable in it.
     others = [v for v in student.trainable_variables if not any(v is c for c in chosen)]
     try:
@@ -252,10 +255,11 @@ def _prepared(student: Any, data: Any) -> Any:
         _check_preprocessor(student, "`tf.data` of strings")
         return data.map(lambda x, *_: _preprocessed(student, x))
     first = data[0] if isinstance(data, (list, tuple, np.ndarray)) and len(data) else None
-    if not isinstance(first, str):
+    if not isinstance(first, str | bytes):
         return data
     _check_preprocessor(student, f"data beginning with {first!r}")
-    return _preprocessed(student, list(data))
+    texts = [text.decode() if isinstance(text, bytes) else str(text) for text in data]
+    return _preprocessed(student, texts)
 
 
 def _preprocessed(student: Any, strings: Any) -> Any:
