@@ -190,6 +190,27 @@ def test_a_preset_gives_its_decoder_and_its_tokens(tmp_path):
 
 @pytest.mark.slow_on_jax
 @pytest.mark.slow_on_tensorflow
+def test_a_preset_of_short_positions_goes_on_from_texts_in_brackets(tmp_path):
+    """What rich would take for markup is printed as it is."""
+    tokenizer = ByteTokenizer()
+    backbone = PerformerDecoderBackbone(
+        tokenizer.vocabulary_size(), num_layers=1, num_heads=2, hidden_dim=24, intermediate_dim=20,
+        num_features=4, position_embedding="learned", max_sequence_length=48,
+    )  # fmt: skip
+    preprocessor = PerformerCausalLMPreprocessor(tokenizer, sequence_length=48)
+    PerformerCausalLM(backbone, preprocessor).save_to_preset(str(tmp_path / "lm"))
+    text = tmp_path / "t.jsonl"
+    rows = [json.dumps({"text": f"[/url] item {i}: " + "and so on " * 40}) for i in range(60)]
+    text.write_text("\n".join(rows), encoding="utf-8")
+    short = {"training.steps": 2, "training.steps_per_epoch": 1, "training.warmup_steps": 1}
+    options = flags(SMALL | short)
+    preset, output = f"--preset={tmp_path / 'lm'}", tmp_path / "run"
+    metrics = main([f"--config={CONFIG}", f"--file={text}", f"--output={output}", preset, *options])
+    assert metrics["sample"].startswith("[/url] item")
+
+
+@pytest.mark.slow_on_jax
+@pytest.mark.slow_on_tensorflow
 def test_byte_pairs_are_learned_from_the_training_documents_in_mixed_precision(tmp_path):
     text = write_text(tmp_path / "t.txt")
     changes = {

@@ -109,6 +109,7 @@ def test_a_folder_and_a_file_of_text(tmp_path):
         ("x.jsonl", b'{"text": null}\n', {}, "line 1: .*'text'.*Received: None"),
         ("x.csv", b"text,b\na\n", {"label_field": "b"}, "line 2: .*'b'"),
         ("x.csv", b"text,b\na, \n", {"label_field": "b"}, "line 2: 'b' is blank"),
+        ("x.jsonl", b'{"text": "a\\ud83e"}', {}, "line 1: 'text' holds half of a surrogate pair"),
         ("x.csv", b"", {}, "no text in it"),
         ("x.txt", b"\xff\xfe", {}, "no UTF-8"),
         ("x.txt", b"a", {"label_field": "b"}, "only JSONL and CSV files hold labels"),

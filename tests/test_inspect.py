@@ -137,6 +137,12 @@ def test_probabilities_and_their_entropy():
     np.testing.assert_allclose(found.entropy, [1.5, 0], atol=1e-6)
 
 
+def test_predictions_of_which_none_stands_out_are_drawn():
+    flat = np.full((3, 5000), 1 / 5000)
+    found = inspect.Predictions("x", flat, [str(i) for i in range(5000)], np.array([2, 0, 1]))
+    assert inspect.draw_predictions(found, "flat").axes[0].get_yticks().size == inspect.SHOWN_TOKENS
+
+
 def pictures(folder):
     assert all(path.stat().st_size > 5_000 for path in folder.glob("*.png"))
     return {path.stem for path in folder.glob("*.png")}

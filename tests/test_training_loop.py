@@ -167,6 +167,18 @@ def test_patience_ends_the_training_and_keeps_the_best_weights(tmp_path):
     assert again["history"] == record["history"]
 
 
+def test_a_run_whose_figures_are_lost_says_so(tmp_path):
+    changes = {"steps": 4, "steps_per_epoch": 2}
+    run(tmp_path, **changes)
+    history = tmp_path / "history.jsonl"
+    history.write_text(history.read_text(encoding="utf-8").splitlines()[0] + "\n", "utf-8")
+    with pytest.raises(ValueError, match=r"has 1 lines for the 2 epochs of the backup"):
+        run(tmp_path, **changes)
+    history.unlink()
+    with pytest.raises(ValueError, match=r"has 0 lines for the 2 epochs of the backup"):
+        run(tmp_path, **changes)
+
+
 def test_accumulated_steps_move_the_weights_as_one_large_batch_does(tmp_path):
     changes = {"steps": 4, "steps_per_epoch": 4, "accumulate": 4, "warmup_steps": 0}
     small, _ = run(tmp_path / "small", trainer=model(dropout=0.0), **changes)

@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     **Raises** SystemExit, with one sentence, if the arguments or the data are not fit to be used.
     """
     started = time.perf_counter()
-    console = Console()
+    console = Console(markup=False)
     arguments = parse_arguments(argv)
 
     # 1. Everything that can be wrong is found before anything is compiled.
@@ -160,6 +160,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     length = min(config.data.sequence_length, SAMPLE_TOKENS)
     prompt = corpus.test[0][: min(PROMPT_CHARACTERS[corpus.kind], length // 4)]
     token_ids = np.array([tokenizer.tokenize(corpus.test[0][:256])], "int32")
+    token_ids = token_ids[:, : config.data.sequence_length]  # learned positions may end there
     x = {"token_ids": token_ids, "padding_mask": np.ones_like(token_ids)}
     reloaded, largest = save_preset(model, x, config.training.precision, output, console)
     metrics["reload_max_abs_difference"] = largest
@@ -167,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     # A row for each replica that a model divided among devices has; otherwise there is one.
     metrics["sample"] = reloaded.generate([prompt] * num_replicas(), max_length=length)[0]
     console.print(f"What it writes after {prompt!r}:")
-    console.print(metrics["sample"], markup=False)
+    console.print(metrics["sample"])
 
     seconds, num_tokens = time.perf_counter() - started, windows["train"].num_tokens
     metrics.update(run_facts(config, corpus.source, seconds, train_tokens=num_tokens))

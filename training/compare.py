@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     titles, rows = table_rows(results)
     (output / "comparison.md").write_text(markdown(results, titles, rows), encoding="utf-8")
     draw(results).savefig(output / "comparison.png", dpi=100)
-    console = Console()
+    console = Console(markup=False)
     console.print(rich_table(results, titles, rows))
     console.print(f"Wrote comparison.json, comparison.md and comparison.png to {output}.")
     return results

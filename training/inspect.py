@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     **Raises** SystemExit, with one sentence, if the arguments or the preset are not fit to be used.
     """
-    console = Console()
+    console = Console(markup=False)
     arguments = parse_arguments(argv)
 
     # 1. Everything that can be wrong is found before anything is drawn.
@@ -264,6 +264,8 @@ def token_row(text: str, model: Any, length: int) -> np.ndarray:
     """Return the token ids (T,) of the start of a text, with the special tokens around it."""
     tokenizer = model.preprocessor.tokenizer
     tokens = np.asarray(tokenizer.tokenize(text), "int32")
+    if not len(tokens):
+        raise ValueError(f"The tokenizer makes no token of a sequence. Received: {text[:60]!r}")
     longest = model.backbone.max_sequence_length or length
     return bracket(tokens[: min(length, longest) - 2], tokenizer).astype("int32")
 
@@ -494,7 +496,8 @@ def draw_predictions(found: Predictions, name: str) -> Figure:
     length = len(found.probabilities)
     mean = found.probabilities.mean(0)
     rows = np.sort(np.argsort(-mean, kind="stable")[:SHOWN_TOKENS])
-    rows = rows[mean[rows] >= LEAST_SHOWN]
+    likely = mean[rows] >= LEAST_SHOWN
+    rows = rows[likely] if likely.any() else rows
     of_truth = found.of_truth
     heights = [0.22 * len(rows) + 0.6, *[1.6] * (2 if of_truth is not None else 1)]
     figure = Figure(figsize=(16, sum(heights) + 0.9), layout="constrained")

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from keras_performer.callbacks import AttentionHealth, RedrawFeatures
 from keras_performer.layers import attention_layers
+from training.command import write_whole
 from training.data.batches import Batches
 from training.distribution import (
     adamw,
@@ -245,10 +246,16 @@ class _EpochLog(keras.callbacks.Callback):
         self.path = path
         self.rows: list[dict[str, float]] = []
         if finished_epochs:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+            if len(lines) < finished_epochs:
+                raise ValueError(
+                    f"{path} has {len(lines)} lines for the {finished_epochs} epochs of the backup "
+                    "beside it, so this run cannot go on: train into another folder, or remove "
+                    "this one."
+                )
             # A kill may have come between the log and the backup of an epoch.
             self.rows = [json.loads(line) for line in lines[:finished_epochs]]
-        path.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         self._begun = time.perf_counter()

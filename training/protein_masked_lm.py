@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     **Raises** SystemExit, with one sentence, if the arguments or the data are not fit to be used.
     """
     started = time.perf_counter()
-    console = Console()
+    console = Console(markup=False)
     arguments = parse_arguments(argv)
 
     # 1. Everything that can be wrong is found before anything is compiled.

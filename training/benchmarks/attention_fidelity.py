@@ -166,14 +166,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     results: dict[str, Any] = {"backend": keras.config.backend(), "plan": dataclasses.asdict(plan)}
     results["synthetic"] = measure_synthetic(plan)
-    console = Console()
+    console = Console(markup=False)
     for measure in TITLES:
         console.print(synthetic_table(results["synthetic"], measure, plan.table_features))
     if arguments.model == "antiberty":
         try:
             model = load_model("antiberty")
         except (ImportError, OSError, ValueError) as error:
-            console.print(f"[yellow]No trained model was measured.[/] {error}")
+            console.print(f"No trained model was measured. {error}", style="yellow")
         else:
             results["antiberty"] = measure_antiberty(model, plan)
         for name, layers in results.get("antiberty", {}).items():

@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "causal": causal,
         "seconds": {part: {} for part in PARTS},
     }
-    console = Console()
+    console = Console(markup=False)
     for length in sorted(arguments.lengths):
         measured = measure(methods(causal), length, arguments.rounds)
         for part in PARTS:

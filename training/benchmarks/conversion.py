@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if arguments.out.exists() and not arguments.out.is_dir():
         parser.error(f"--out must name a folder. Received: {arguments.out}, which is a file")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    console = Console()
+    console = Console(markup=False)
     results: dict[str, Any] = {"backend": keras.config.backend(), "models": {}}
     for name in arguments.models:
         plan = PLANS[name]

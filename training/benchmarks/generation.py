@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         ]
         results[kind]["ratios"] = ratios
         table.add_row(kind, "late / early", f"× {ratios[0]:.2f}", f"× {ratios[1]:.2f}")
-    Console().print(table)
+    Console(markup=False).print(table)
     return results
 
 

@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         steps = [figures["step_bytes"] for figures in found[: len(arguments.depths)]]
         results["growth"][kind] = steps[-1] / steps[0]
         table.add_row(kind, "last / first depth", "", "", "", f"× {steps[-1] / steps[0]:.2f}")
-    Console().print(table)
+    Console(markup=False).print(table)
     folder = arguments.out or Path("runs/model_memory") / backend
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "metrics.json", results)

@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         table.add_column(column, justify="right")
     for kind, found in seconds.items():
         table.add_row(kind, f"{found:.2f}", f"{found / seconds['no attention']:.2f}")
-    Console().print(table)
+    Console(markup=False).print(table)
     return seconds
 
 

@@ -254,6 +254,21 @@ def _csv(path: Path, fields: tuple[str, ...]) -> list[Example]:
     ]
 
 
+def is_text(value: str) -> bool:
+    r"""Return whether a string has an encoding: JSON may hold halves of surrogate pairs.
+
+    **Example**
+
+    >>> is_text("\U0001f9ec"), is_text("\ud83e")
+    (True, False)
+    """
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _example(where: str, name: str, record: dict, fields: tuple[str, ...]) -> Example:
     values = []
     for field in fields:
@@ -266,5 +281,10 @@ def _example(where: str, name: str, record: dict, fields: tuple[str, ...]) -> Ex
             )
         if not str(value).strip():
             raise ValueError(f"{where}: {field!r} is blank. Fill it in, or remove the record.")
+        if not is_text(str(value)):
+            raise ValueError(
+                f"{where}: {field!r} holds half of a surrogate pair, which is no character: mend "
+                f"it, or remove the record. Received: {str(value)[:60]!a}"
+            )
         values.append(str(value))
     return Example(name, *values)

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--backend", choices=("tensorflow", "jax", "torch"))
     parser.add_argument("--minutes", type=float, default=3.0, help="training time of a variant")
     arguments = parser.parse_args(argv)
-    console = Console()
+    console = Console(markup=False)
     config = load_config(recipe.Config, CONFIG)
     start_keras(arguments.backend, config.seed)
     import keras
