@@ -2,6 +2,7 @@ import io
 import itertools
 import json
 import os
+import re
 import struct
 import tarfile
 import zipfile
@@ -236,6 +237,9 @@ def test_failing_clustering_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     with pytest.raises(OSError, match=r"easy-linclust .*--min-seq-id 0.3.*out of memory"):
         cluster_proteins([Protein("a", "", "MK")], 30)
+    for name in ("sp|P12345|X_HUMAN", ""):
+        with pytest.raises(ValueError, match=rf"pass accessions. Received: '{re.escape(name)}'"):
+            cluster_proteins([Protein(name, "", "MK")], 30)
 
 
 def test_a_table_of_clusters(tmp_path):

@@ -118,6 +118,21 @@ def test_the_scope_of_an_npm_package_is_part_of_its_file_name(cache):
     assert fetch_npm_package("@a/b", "1", digest) == cache / "a-b-1.tgz"
 
 
+@needs_posix
+@pytest.mark.parametrize("size", [0, 700, 1024])
+def test_a_deb_that_ends_too_early_is_told(tmp_path, stand_in, size):
+    with tarfile.open(tmp_path / "whole.tar", "w") as archive:
+        for name in ("a", "b"):
+            member = tarfile.TarInfo(name)
+            member.size = 3
+            archive.addfile(member, io.BytesIO(b"abc"))
+    start = (tmp_path / "whole.tar").read_bytes()[:size]
+    (tmp_path / "start").write_bytes(start)
+    stand_in("dpkg-deb", f"cat '{tmp_path / 'start'}'; exit 2")
+    with pytest.raises(OSError, match="dpkg-deb"):
+        list(package_files(tmp_path / "x.deb"))
+
+
 @needs_dpkg
 def test_files_of_a_debian_package_come_with_their_paths(tmp_path):
     root = tmp_path / "package"

@@ -334,6 +334,17 @@ def test_damaged_downloads_are_refused(remote):
     keras_performer.verify(RECORD.name)
 
 
+def test_a_folder_is_moved_once_and_whole(remote):
+    zoo, _, archive = remote
+    before = archive.read_bytes()
+    with pytest.raises(ValueError, match="was moved to a URL before"):
+        move_to_url(zoo / RECORD.name, archive.as_uri(), archive)
+    (zoo / RECORD.name / "remote.json").unlink()  # as if it had been killed on the way
+    with pytest.raises(ValueError, match="has no SHA256SUMS"):
+        move_to_url(zoo / RECORD.name, archive.as_uri(), archive)
+    assert archive.read_bytes() == before
+
+
 def test_archives_are_zip_files(zoo, tmp_path):
     with pytest.raises(ValueError, match=r"must end in '\.zip'"):
         move_to_url(zoo / RECORD.name, "https://example.org/x.tar", tmp_path / "x.tar")

@@ -190,7 +190,8 @@ def share_work(
     if size == 0:
         raise ValueError(
             f"The validation has {rows} rows, fewer than the {replicas} replicas that share each "
-            "batch: pass more data, or train on fewer devices."
+            "batch: raise the setting validation_... of [training], pass more data, or train on "
+            "fewer devices."
         )
     prepare = with_unit_weights if mirrored else own_rows
 

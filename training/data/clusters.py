@@ -36,7 +36,8 @@ def cluster_proteins(
 
     **Returns** The name of its cluster's representative for the name of each protein.
 
-    **Raises** OSError, with what to do, if mmseqs is missing or fails.
+    **Raises** OSError, with what to do, if mmseqs is missing or fails; ValueError for names that it
+    would not give back.
 
     **Example**
 
@@ -44,6 +45,13 @@ def cluster_proteins(
     'P00001'
     """
     require_mmseqs()
+    proteins = list(proteins)
+    for protein in proteins:
+        if not protein.name or "|" in protein.name:
+            raise ValueError(
+                "Names of proteins must not be empty or hold a '|', of which mmseqs keeps a part: "
+                f"pass accessions. Received: {protein.name!r}"
+            )
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         with (scratch / "all.fasta").open("w", encoding="ascii") as file:

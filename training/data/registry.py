@@ -65,7 +65,10 @@ def fetch_debian_package(name: str, version: str, sha256: str) -> Path:
     >>> fetch_debian_package("metastudent-data", "2.0.1-8", "020e...")  # doctest: +SKIP
     """
     path = cache_folder() / f"{name}_{version}.deb"
-    by_hand = f"Fetch {name} {version} from a Debian mirror by hand and save it as {path}."
+    by_hand = (
+        f"Fetch {name} {version}, of Debian 12, by hand from a mirror or, if it has a newer one, "
+        f"from https://snapshot.debian.org/binary/{name}/, and save it as {path}."
+    )
     if not path.is_file() and shutil.which("apt-get") is None:
         raise OSError(f"{name} is a Debian package, and there is no apt-get here. {by_hand}")
     command = ["apt-get", "download", "-q", f"{name}={version}"]
@@ -166,7 +169,7 @@ def package_files(package: Path, *patterns: str) -> Iterator[tuple[str, bytes]]:
 
     **Returns** Pairs of path and content, one at a time.
 
-    **Raises** OSError if dpkg-deb is needed and missing, or the package cannot be read.
+    **Raises** OSError if dpkg-deb is needed and missing or fails, or the package cannot be read.
 
     **Example**
 
@@ -181,11 +184,18 @@ def package_files(package: Path, *patterns: str) -> Iterator[tuple[str, bytes]]:
         if shutil.which("dpkg-deb") is None:
             raise OSError(f"{package}: reading it needs dpkg-deb. Install the package dpkg.")
         command = ["dpkg-deb", "--fsys-tarfile", str(package)]
-        with (
-            subprocess.Popen(command, stdout=subprocess.PIPE) as process,
-            tarfile.open(fileobj=process.stdout, mode="r|") as archive,
-        ):
-            yield from _members(archive, patterns)
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            try:
+                with tarfile.open(fileobj=process.stdout, mode="r|") as archive:
+                    yield from _members(archive, patterns)
+                while process.stdout.read(2**20):
+                    pass  # what pads the end: a closed pipe would kill the program
+            except tarfile.TarError as error:
+                raise OSError(f"{package}: `dpkg-deb` gave no whole archive: {error}") from error
+            # Killed between two files it leaves what looks like the end.
+            if process.wait():
+                raise OSError(f"{package}: `dpkg-deb` ended with exit code {process.returncode}.")
     else:
         with tarfile.open(package, mode="r|gz") as archive:
             yield from _members(archive, patterns)

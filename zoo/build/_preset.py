@@ -90,10 +90,15 @@ def move_to_url(folder: Path, url: str, archive: Path) -> None:
         url: Where the file will be. Upload it there.
         archive: The zip file that is written.
 
-    **Raises** ValueError if `archive` does not end in ".zip".
+    **Raises** ValueError if `archive` does not end in ".zip", and if the folder was moved before or
+        is not whole.
     """
     if archive.suffix != ".zip":
         raise ValueError(f"The archive must end in '.zip'. Received: archive={str(archive)!r}")
+    # The archive may be the only copy of the weights by now.
+    if (folder / "remote.json").is_file():
+        raise ValueError(f"This folder was moved to a URL before. Received: folder={str(folder)!r}")
+    keras_performer.verify(folder)
     shutil.make_archive(str(archive.with_suffix("")), "zip", folder)
     for path in folder.iterdir():
         if path.is_dir():

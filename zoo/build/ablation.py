@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from training import residue_labels as recipe
-from training.command import start_keras
+from training.command import start_keras, write_whole
 from training.config import load_config
 from zoo.build._runs import CONFIGS
 
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if row.get("settings") != settings:
             console.print(name)
             row = {"settings": settings, **measure(overrides, arguments, console)}
-            finished.write_text(json.dumps(row) + "\n", encoding="utf-8")
+            write_whole(finished, json.dumps(row) + "\n")
         rows.append(row)
     print(markdown(rows))
 
