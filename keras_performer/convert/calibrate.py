@@ -115,9 +115,9 @@ def calibrate(
         _check_far_keys(records)
     if fit_options.get("validation_data") is not None:
         validation_data = fit_options["validation_data"]
-        if isinstance(validation_data, tuple):
-            validation_data = validation_data[0]  # targets are ignored
-        fit_options["validation_data"] = _prepared(student, validation_data)
+        in_tuple = isinstance(validation_data, tuple)  # whose targets are ignored
+        validation_data = _prepared(student, validation_data[0] if in_tuple else validation_data)
+        fit_options["validation_data"] = (validation_data,) if in_tuple else validation_data
     # Of variables, not of layers: a frozen layer hides what is trainable in it.
     others = [v for v in student.trainable_variables if not any(v is c for c in chosen)]
     try:
