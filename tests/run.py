@@ -5,6 +5,7 @@ left out unless a marker expression is given.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -35,8 +36,10 @@ PRINTING = threading.Lock()
 
 def run(backend: str, arguments: list[str]) -> int:
     """Run pytest under one backend, printing its lines as they come."""
+    # JAX takes longest: the others share what it leaves of two cores.
+    patient = ["nice"] if backend != "jax" and shutil.which("nice") else []
     process = subprocess.Popen(
-        [sys.executable, "-m", "pytest", "--color=no", *arguments],
+        [*patient, sys.executable, "-m", "pytest", "--color=no", *arguments],
         cwd=ROOT,
         env={**os.environ, **ONE_THREAD, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "2"},
         stdout=subprocess.PIPE,
