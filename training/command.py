@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from training.config import config_of
+from training.data.registry import replacing
 
 # Keras chooses its backend when it is imported, so nothing that imports it stands up here.
 
@@ -147,12 +148,6 @@ def prepare_output(output: Path, config: Any, data_sha256: str) -> Path:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, see `write_whole`."""
-    write_whole(path, json.dumps(value, indent=2) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a kill leaves it as it was, or as it is to be."""
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(text, encoding="utf-8")
-    new.replace(path)
+    """Write `value` as indented JSON, whole or, if the process is killed, not at all."""
+    with replacing(path) as unfinished:
+        unfinished.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -15,8 +15,8 @@ from rich.console import Console
 
 from keras_performer.callbacks import AttentionHealth, RedrawFeatures
 from keras_performer.layers import attention_layers
-from training.command import write_whole
 from training.data.batches import Batches
+from training.data.registry import replacing
 from training.distribution import (
     adamw,
     check_same_epoch,
@@ -255,7 +255,9 @@ class _EpochLog(keras.callbacks.Callback):
                 )
             # A kill may have come between the log and the backup of an epoch.
             self.rows = [json.loads(line) for line in lines[:finished_epochs]]
-        write_whole(path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        with replacing(path) as unfinished:
+            rows = "".join(json.dumps(row) + "\n" for row in self.rows)
+            unfinished.write_text(rows, encoding="utf-8")
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         self._begun = time.perf_counter()

@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from training import residue_labels as recipe
-from training.command import start_keras, write_whole
+from training.command import start_keras, write_json
 from training.config import load_config
 from zoo.build._runs import CONFIGS
 
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if row.get("settings") != settings:
             console.print(name)
             row = {"settings": settings, **measure(overrides, arguments, console)}
-            write_whole(finished, json.dumps(row) + "\n")
+            write_json(finished, row)
         rows.append(row)
     print(markdown(rows))
 
