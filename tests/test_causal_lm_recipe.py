@@ -152,13 +152,13 @@ def test_a_process_that_is_killed_in_an_epoch_goes_on(tmp_path):
     assert next(figures) == pytest.approx(next(figures), abs=1e-5)
 
 
-def save_byte_model(folder):
+def save_byte_model(folder, sequence_length=16, **options):
     tokenizer = ByteTokenizer()
     backbone = PerformerDecoderBackbone(
         tokenizer.vocabulary_size(), num_layers=1, num_heads=2, hidden_dim=24, intermediate_dim=20,
-        num_features=4, seed=9,
+        num_features=4, seed=9, **options,
     )  # fmt: skip
-    preprocessor = PerformerCausalLMPreprocessor(tokenizer, sequence_length=16)
+    preprocessor = PerformerCausalLMPreprocessor(tokenizer, sequence_length)
     PerformerCausalLM(backbone, preprocessor).save_to_preset(str(folder))
     return backbone
 
@@ -192,13 +192,8 @@ def test_a_preset_gives_its_decoder_and_its_tokens(tmp_path):
 @pytest.mark.slow_on_tensorflow
 def test_a_preset_of_short_positions_goes_on_from_texts_in_brackets(tmp_path):
     """What rich would take for markup is printed as it is."""
-    tokenizer = ByteTokenizer()
-    backbone = PerformerDecoderBackbone(
-        tokenizer.vocabulary_size(), num_layers=1, num_heads=2, hidden_dim=24, intermediate_dim=20,
-        num_features=4, position_embedding="learned", max_sequence_length=48,
-    )  # fmt: skip
-    preprocessor = PerformerCausalLMPreprocessor(tokenizer, sequence_length=48)
-    PerformerCausalLM(backbone, preprocessor).save_to_preset(str(tmp_path / "lm"))
+    positions = {"position_embedding": "learned", "max_sequence_length": 48}
+    save_byte_model(tmp_path / "lm", 48, **positions)
     text = tmp_path / "t.jsonl"
     rows = [json.dumps({"text": f"[/url] item {i}: " + "and so on " * 40}) for i in range(60)]
     text.write_text("\n".join(rows), encoding="utf-8")

@@ -16,6 +16,7 @@ from keras_performer.layers._recording import (
     record_attention,
     record_calls,
 )
+from keras_performer.models._performer_task import is_tf_dataset
 
 _PARTS = ("feature_maps", "attention", "all")
 
@@ -247,7 +248,7 @@ def _core(model: Any) -> Any:
 
 def _prepared(student: Any, data: Any) -> Any:
     """Data for `fit`, with strings preprocessed as the student does."""
-    if hasattr(data, "element_spec"):  # of `tf.data`, on any backend
+    if is_tf_dataset(data):
         spec = data.element_spec
         inputs = spec[0] if isinstance(spec, tuple) else spec
         if all(x.dtype != "string" for x in keras.tree.flatten(inputs)):

@@ -46,7 +46,7 @@ def take_loaders(cls: _Class) -> _Class:
             validation_data is None
             or isinstance(validation_data, tuple)
             or _is_loader(validation_data)
-            or _is_tf_dataset(validation_data)
+            or is_tf_dataset(validation_data)
         )
         if _is_raw(self, x) and takes_validation:
             if validation_split and validation_data is None:
@@ -161,7 +161,8 @@ def _is_loader(x: Any) -> bool:
     )
 
 
-def _is_tf_dataset(x: Any) -> bool:
+def is_tf_dataset(x: Any) -> bool:
+    """Whether x is of `tf.data`, told without an import of TensorFlow."""
     return hasattr(x, "element_spec")
 
 
@@ -184,7 +185,7 @@ def _prepared_validation(task: Any, data: Any) -> Any:
     loader = _prepared(task, data)
     if loader is not None or data is None:
         return loader
-    return data.map(task.preprocess_samples) if _is_tf_dataset(data) else _prepare(data, task)
+    return data.map(task.preprocess_samples) if is_tf_dataset(data) else _prepare(data, task)
 
 
 def _is_raw(task: Any, x: Any) -> bool:
