@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from training.backbones import add_preset_flag, backbone_phrase, build_backbone, preset_facts
-from training.command import make_parser, prepare_output, start_keras, use_devices
+from training.command import make_console, make_parser, prepare_output, start_keras, use_devices
 from training.config import load_config
 from training.data.byte_pairs import SMALLEST_VOCABULARY, learn_byte_pairs
 from training.data.copyleft_text import load_copyleft_text
@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     **Raises** SystemExit, with one sentence, if the arguments or the data are not fit to be used.
     """
     started = time.perf_counter()
-    console = Console(markup=False)
+    console = make_console()
     arguments = parse_arguments(argv)
 
     # 1. Everything that can be wrong is found before anything is compiled.

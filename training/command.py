@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from training.config import config_of
 from training.data.registry import replacing
 
@@ -43,6 +45,17 @@ def make_parser(
     output = Path("runs") / recipe
     parser.add_argument("--output", type=Path, default=output, help=f"folder (default: {output})")
     return parser
+
+
+def make_console() -> Console:
+    """Return where messages go. It prints texts and paths in brackets as they are, not as markup.
+
+    **Example**
+
+    >>> make_console().render_str("[/url]").plain
+    '[/url]'
+    """
+    return Console(markup=False)
 
 
 def start_keras(backend: str | None, seed: int) -> None:

@@ -22,10 +22,9 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 
-from training.command import make_parser, start_keras, write_json
+from training.command import make_console, make_parser, start_keras, write_json
 from training.config import load_config
 from training.results import is_finished, peak_bytes
 from training.sections import ATTENTIONS
@@ -120,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     titles, rows = table_rows(results)
     (output / "comparison.md").write_text(markdown(results, titles, rows), encoding="utf-8")
     draw(results).savefig(output / "comparison.png", dpi=100)
-    console = Console(markup=False)
+    console = make_console()
     console.print(rich_table(results, titles, rows))
     console.print(f"Wrote comparison.json, comparison.md and comparison.png to {output}.")
     return results

@@ -28,7 +28,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from training.backbones import preset_facts
-from training.command import make_parser, prepare_output, start_keras
+from training.command import make_console, make_parser, prepare_output, start_keras
 from training.config import load_config
 from training.converted import (
     MODELS,
@@ -154,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     **Raises** SystemExit, with one sentence, if the arguments or the data are not fit to be used.
     """
     started = time.perf_counter()
-    console = Console(markup=False)
+    console = make_console()
     arguments = parse_arguments(argv)
 
     # 1. Everything that can be wrong is found before anything is trained.

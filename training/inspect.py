@@ -26,10 +26,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from rich.console import Console
 
 from keras_performer.presets import local_folder
-from training.command import start_keras, write_json
+from training.command import make_console, start_keras, write_json
 from training.data.fasta import read_fasta
 from training.data.padded_rows import bracket
 from training.data.protein_sample import load_protein_sample
@@ -98,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     **Raises** SystemExit, with one sentence, if the arguments or the preset are not fit to be used.
     """
-    console = Console(markup=False)
+    console = make_console()
     arguments = parse_arguments(argv)
 
     # 1. Everything that can be wrong is found before anything is drawn.

@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from training import classification
 from training.backbones import backbone_phrase
 from training.classification import Corpus, Part, make_tokenizer, read_corpus
-from training.command import make_parser, prepare_output, start_keras, use_devices
+from training.command import make_console, make_parser, prepare_output, start_keras, use_devices
 from training.config import load_config
 from training.masking import (
     compare,
@@ -91,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     **Raises** SystemExit, with one sentence, if the arguments or the data are not fit to be used.
     """
     started = time.perf_counter()
-    console = Console(markup=False)
+    console = make_console()
     arguments = parse_arguments(argv)
 
     # 1. Everything that can be wrong is found before anything is compiled.

@@ -26,7 +26,6 @@ from typing import Any
 import keras
 import numpy as np
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
@@ -34,6 +33,7 @@ from keras_performer.convert import performerize
 from keras_performer.feature_maps import FavorPlus, FavorPlusPlus, FeatureMap, Trigonometric
 from keras_performer.layers import attention_layers
 from keras_performer.ops import favor_attention, softmax_weights
+from training.command import make_console
 from training.converted import load_model
 from training.data.padded_rows import bracket, pad_rows
 from training.data.protein_sample import load_protein_sample
@@ -166,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     results: dict[str, Any] = {"backend": keras.config.backend(), "plan": dataclasses.asdict(plan)}
     results["synthetic"] = measure_synthetic(plan)
-    console = Console(markup=False)
+    console = make_console()
     for measure in TITLES:
         console.print(synthetic_table(results["synthetic"], measure, plan.table_features))
     if arguments.model == "antiberty":

@@ -17,12 +17,11 @@ import keras
 import matplotlib
 import numpy as np
 from keras import ops
-from rich.console import Console
 from rich.table import Table
 
 from keras_performer.feature_maps import FavorPlus
 from keras_performer.ops import favor_attention
-from training.command import start_keras
+from training.command import make_console, start_keras
 from training.results import machine, peak_bytes
 from training.timing import interleaved
 
@@ -60,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "causal": causal,
         "seconds": {part: {} for part in PARTS},
     }
-    console = Console(markup=False)
+    console = make_console()
     for length in sorted(arguments.lengths):
         measured = measure(methods(causal), length, arguments.rounds)
         for part in PARTS:

@@ -32,12 +32,12 @@ from typing import Any
 
 import keras
 import numpy as np
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from keras_performer.convert import performerize
 from keras_performer.feature_maps import FavorPlus
+from training.command import make_console
 from training.converted import (
     MODELS,
     Masked,
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if arguments.out.exists() and not arguments.out.is_dir():
         parser.error(f"--out must name a folder. Received: {arguments.out}, which is a file")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    console = Console(markup=False)
+    console = make_console()
     results: dict[str, Any] = {"backend": keras.config.backend(), "models": {}}
     for name in arguments.models:
         plan = PLANS[name]

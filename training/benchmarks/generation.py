@@ -12,10 +12,10 @@ from typing import Any
 
 import keras
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from keras_performer.models import PerformerCausalLM, PerformerDecoderBackbone
+from training.command import make_console
 
 CHUNK = 1000
 KINDS = ("performer", "softmax")
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         ]
         results[kind]["ratios"] = ratios
         table.add_row(kind, "late / early", f"× {ratios[0]:.2f}", f"× {ratios[1]:.2f}")
-    Console(markup=False).print(table)
+    make_console().print(table)
     return results
 
 

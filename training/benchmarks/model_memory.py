@@ -20,11 +20,10 @@ from typing import Any
 
 import keras
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from keras_performer.models import PerformerCausalLM, PerformerDecoderBackbone
-from training.command import write_json
+from training.command import make_console, write_json
 from training.results import peak_bytes
 
 LIMIT = 9 * 2**30
@@ -66,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         steps = [figures["step_bytes"] for figures in found[: len(arguments.depths)]]
         results["growth"][kind] = steps[-1] / steps[0]
         table.add_row(kind, "last / first depth", "", "", "", f"× {steps[-1] / steps[0]:.2f}")
-    Console(markup=False).print(table)
+    make_console().print(table)
     folder = arguments.out or Path("runs/model_memory") / backend
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "metrics.json", results)

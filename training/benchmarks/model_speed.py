@@ -12,12 +12,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
-from rich.console import Console
 from rich.table import Table
 
 from keras_performer.layers import PerformerEncoderBlock
 from keras_performer.models import PerformerEncoderBackbone
-from training.command import start_keras
+from training.command import make_console, start_keras
 from training.timing import VOCABULARY, interleaved, token_model, token_step
 
 
@@ -104,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         table.add_column(column, justify="right")
     for kind, found in seconds.items():
         table.add_row(kind, f"{found:.2f}", f"{found / seconds['no attention']:.2f}")
-    Console(markup=False).print(table)
+    make_console().print(table)
     return seconds
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from training import residue_labels as recipe
-from training.command import start_keras, write_json
+from training.command import make_console, start_keras, write_json
 from training.config import load_config
 from zoo.build._runs import CONFIGS
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--backend", choices=("tensorflow", "jax", "torch"))
     parser.add_argument("--minutes", type=float, default=3.0, help="training time of a variant")
     arguments = parser.parse_args(argv)
-    console = Console(markup=False)
+    console = make_console()
     config = load_config(recipe.Config, CONFIG)
     start_keras(arguments.backend, config.seed)
     import keras
